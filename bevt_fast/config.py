@@ -1,0 +1,348 @@
+"""A run is a file: every section of the JSON, typed, refused in the first second if a key is wrong.
+
+Each value has one owner. Batch sizes, accumulation, clipping, precision and the optimizer live in typed sections here;
+`deepspeed_config` fills them into the DeepSpeed section, which is otherwise passed on word for word, and refuses a file
+that writes them twice. Nothing here imports torch, so a misspelt key is refused at once and anywhere.
+"""
+
+import argparse
+import difflib
+import importlib
+import json
+import pkgutil
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bevt_fast import __version__
+from bevt_fast.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change, types are not guessed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Window = tuple[Positive, Positive, Positive]
+
+
+class Part(Section):
+    """A file of an open room, by name, and the options that file defines."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class View(Section):
+    """How a picture is looked at (SPEC 5.3): short side drawn from a range, crop, flip, colour jitter (images only)."""
+
+    size: Positive = 224
+    short_side: tuple[Positive, Positive] = (256, 320)
+    flip: Share = 0.5
+    colour_jitter: Share = 0.0
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "View":
+        low, high = self.short_side
+        if not self.size <= low <= high:
+            raise ValueError(f"short_side must be a range [low, high] with size {self.size} <= low <= high, got {low}, {high}")
+        if self.size % 16:
+            raise ValueError(f"size {self.size} is not a multiple of 16, the side of a mask cell")
+        return self
+
+
+class Stream(Section):
+    """The clip or the image half of a joint batch. `batch` is the whole step's over all processes, `micro_batch` one process's."""
+
+    source: Part
+    mask: Part
+    batch: Positive
+    micro_batch: Positive
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    view: View = View()
+    heldout: Part | None = None  # a source of samples never trained on, scored at the end
+
+
+class CustomSize(Section):
+    """Stage widths and depths that have no name in the paper."""
+
+    embed_dim: Positive
+    depths: tuple[Positive, Positive, Positive, Positive]
+    heads: tuple[Positive, Positive, Positive, Positive]
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+
+
+class Model(Section):
+    """The encoder and its switches (SPEC 1). `weights` initialises from a checkpoint: ours, official, or a 2-D stage one."""
+
+    size: Literal["tiny", "small", "base", "large"] | CustomSize = "base"
+    window: Window = (8, 7, 7)
+    drop_path: Share = 0.1
+    image_attention: Literal["t1", "official"] = "t1"
+    bias_index: Literal["true", "official"] = "true"
+    initialisation: Literal["normal", "fan_in"] = "normal"  # SPEC 1.8, or 1/sqrt(fan-in) for narrow models
+    weights: str | None = None
+    activation_checkpointing: bool = False
+
+
+class Optim(Section):
+    """AdamW and its schedule (SPEC 5.2): linear warm-up from `warmup_start` times the rate, cosine to `min_lr`."""
+
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    grad_clip: Annotated[float, Field(ge=0)] = 3.0
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_start: Share = 0.1
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "Optim":
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("warmup_epochs and warmup_steps are one value in two units; write one of them")
+        return self
+
+
+class Train(Section):
+    """How long, in what precision, and what is kept. An epoch is one pass over the clips (over the images if there are none)."""
+
+    epochs: Positive | None = None
+    steps: Positive | None = None  # wins over epochs
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    loss_mean: Literal["rank", "global"] = "rank"  # SPEC 4 (X9): mean per micro-batch as official, or over all hidden positions
+    log_every: Positive = 10
+    save_every: Positive = 1000
+    keep_checkpoints: Positive = 2
+    max_bad_steps: Positive = 5  # steps in a row with a loss or gradient that is not finite
+    threads: Positive | None = None  # of torch on a CPU, per process; None: cores / processes
+    heldout_batches: Positive = 16
+    pictures: Positive = 4  # samples of each stream drawn at the end
+
+    @model_validator(mode="after")
+    def _has_length(self) -> "Train":
+        if self.epochs is None and self.steps is None:
+            raise ValueError("needs the key 'epochs' or 'steps'")
+        return self
+
+
+class Data(Section):
+    """Reading files. `decoder` "dali" takes VP9/MJPEG clips and JPEGs through NVIDIA DALI and the rest through PyAV."""
+
+    decoder: Literal["pyav", "dali"] = "pyav"
+    workers: Annotated[int, Field(ge=0, strict=True)] = 2  # processes per stream; 0 reads in the training process
+    prefetch: Positive = 2  # batches each worker holds ready
+    quarantine_share: Share = 0.25  # of a stream's files; more bad files than this stops the run
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    output: str
+    clips: Stream | None = None
+    images: Stream | None = None
+    tokenizer: Part
+    model: Model = Model()
+    optim: Optim
+    train: Train
+    data: Data = Data()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _has_a_stream(self) -> "Config":
+        if self.clips is None and self.images is None:
+            raise ValueError("needs the key 'clips' or 'images'")
+        deepspeed_section(self.deepspeed)
+        return self
+
+
+# DeepSpeed key -> the key of ours that owns its value
+OWNERS = {
+    "train_batch_size": "clips.batch and images.batch",
+    "train_micro_batch_size_per_gpu": "clips.micro_batch and images.micro_batch",
+    "gradient_accumulation_steps": "batch and micro_batch of the streams",
+    "gradient_clipping": "optim.grad_clip",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "optimizer": "optim",
+    "scheduler": "optim",
+}
+
+
+def deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed section without its "auto" values. Raises ValueError where it sets what another key owns."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in section.items()}
+    for key, owner in OWNERS.items():
+        *outer, last = key.split(".")
+        place: Any = kept
+        for name in outer:
+            place = place.get(name, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict) or last not in place:
+            continue
+        if place[last] != "auto":
+            raise ValueError(f"deepspeed.{key} is set by {owner}; write it there")
+        del place[last]
+    return kept
+
+
+def accumulation(config: Config, world_size: int) -> int:
+    """Micro-batches per step, the same whole number for both streams. Raises ConfigError with the equation."""
+    counts = {}
+    for name, stream in (("clips", config.clips), ("images", config.images)):
+        if stream is None:
+            continue
+        count, rest = divmod(stream.batch, stream.micro_batch * world_size)
+        equation = f"{name}.batch / ({name}.micro_batch * processes) = {stream.batch} / ({stream.micro_batch} * {world_size})"
+        if rest or not count:
+            raise ConfigError(f"{equation} = {stream.batch / (stream.micro_batch * world_size):g} must be a whole number of micro-batches")
+        counts[equation] = count
+    if len(set(counts.values())) > 1:
+        equations = "; ".join(f"{equation} = {count}" for equation, count in counts.items())
+        raise ConfigError(f"both streams must take the same number of micro-batches a step: {equations}")
+    return next(iter(counts.values()))
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is given: the `deepspeed` section, and the values that other sections own filled in."""
+    section = deepspeed_section(config.deepspeed)
+    precision = config.train.precision
+    return section | {
+        "train_micro_batch_size_per_gpu": sum(s.micro_batch for s in (config.clips, config.images) if s),
+        "gradient_accumulation_steps": accumulation(config, world_size),
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": section.get("bf16", {}) | {"enabled": precision == "bf16"},
+        "fp16": section.get("fp16", {}) | {"enabled": precision == "fp16"},
+    }
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a configuration file and apply `key.path=JSON value` overrides. Raises ConfigError with one sentence."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        near = sorted(str(p) for p in Path(path).parent.glob("*.json"))
+        hint = f"; there are: {', '.join(near)}" if near else ""
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a UTF-8 text file") from None
+    try:
+        values = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected one JSON object of sections, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return parse(Config, values, str(path))
+
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
+def parse(section: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
+    """Validate `values` as `section`. Raises ConfigError that names the key, what was expected, and the nearest valid key."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        sentences = []
+        for fault in error.errors():
+            sentence = f"{where}: {_sentence(section, fault)}"
+            if sentence not in sentences:
+                sentences.append(sentence)
+        raise ConfigError("\n".join(sentences)) from None
+
+
+def open_part(room: str, part: Part) -> tuple[Any, Any]:
+    """The module `part.name` of the package `room` and its validated `Options`. Raises ConfigError listing the parts there are."""
+    package = importlib.import_module(room)
+    there = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+    if part.name not in there:
+        near = difflib.get_close_matches(part.name, there, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{room} has no part {part.name!r}; it has: {', '.join(there)}{hint}")
+    module = importlib.import_module(f"{room}.{part.name}")
+    return module, parse(module.Options, part.options, f"{room}.{part.name}: options")
+
+
+def command_line(argv: typing.Sequence[str] | None = None, description: str = "Pretrain BEVT.") -> argparse.Namespace:
+    """The options every training program has. Exits with 2 and a sentence on a wrong option, as argparse does."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as a JSON file (configs/*.json)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optim.lr=1e-4; repeatable")
+    parser.add_argument("--resume", default="none", metavar="auto|none|DIR", help="continue from the newest valid checkpoint, or from one")
+    parser.add_argument("--dry-run", action="store_true", help="print shapes, parameters, memory, FLOPs and the first batch; train nothing")
+    parser.add_argument("--version", action="version", version=f"bevt_fast {__version__}")
+    # the launchers append these; the environment variable LOCAL_RANK is what counts
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} is written twice in one object")
+    return dict(pairs)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, e.g. --set train.steps=100")
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ValueError:
+        value = text  # a bare word is a string, as in --set output=runs/mine
+    *outer, last = key.split(".")
+    place = values
+    for name in outer:
+        inner = place.get(name)
+        if inner is None:
+            inner = place[name] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {name!r} is {inner!r}, which has no keys")
+        place = inner
+    place[last] = value
+
+
+def _sentence(section: type[BaseModel], fault: Any) -> str:
+    """One pydantic fault in our words: 'Config has no key 'clip'; did you mean 'clips'?'."""
+    # union branches appear in the location as class names; keys of the file never start with a capital or hold a bracket
+    path = [str(step) for step in fault["loc"] if not (isinstance(step, str) and (step[:1].isupper() or "[" in step))]
+    owner = _section_at(section, path[:-1])
+    prefix = "".join(f"{step}: " for step in path[:-1])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5) if owner else []
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(owner.model_fields)}" if owner else ""
+        return f"{prefix}{owner.__name__ if owner else 'this section'} has no key {path[-1]!r}{hint}"
+    if fault["type"] == "missing":
+        return f"{prefix}{owner.__name__ if owner else 'this section'} needs the key {path[-1]!r}"
+    where = "".join(f"{step}: " for step in path)
+    if fault["type"] == "literal_error":
+        return f"{where}expected one of {fault['ctx']['expected']}, got {fault['input']!r}".replace(" or ", ", ")
+    if fault["type"] == "value_error":
+        return f"{where}{fault['ctx']['error']}"
+    return f"{where}{fault['msg'][:1].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+
+
+def _section_at(section: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    """The section type at `path` below `section`, to name it and its keys."""
+    for step in path:
+        field = section.model_fields.get(step)
+        if field is None:
+            return None
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not sections:
+            return None
+        section = sections[0]
+    return section

@@ -1,0 +1,1 @@
+"""What travels: files become clips and images, clips and images become batches."""

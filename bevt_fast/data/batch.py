@@ -1,0 +1,52 @@
+"""The four things that travel between data, tokenizer, model and objective.
+
+Legend: B batch; T H W frames, pixel rows, pixel columns; t = T / 2 time steps of the encoder; g side of the mask and
+target grid (16-pixel cells); V codebook size. In every mask `True` means hidden, and therefore predicted.
+
+NamedTuples, because DeepSpeed ZeRO-3 looks for tensors inside tuples and does not open dataclasses.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+class Images(NamedTuple):
+    """A batch of partly hidden images."""
+
+    pixels: Float[Tensor, "B 3 H W"]  # normalised: what the encoder sees
+    token_pixels: Float[Tensor, "B 3 half_H half_W"]  # in [0.1, 0.9]: what the tokenizer sees, 8 pixels a cell
+    mask: Bool[Tensor, "B g g"]
+
+
+class Clips(NamedTuple):
+    """A batch of partly hidden clips; the two frames of a tubelet hide together."""
+
+    pixels: Float[Tensor, "B 3 T H W"]
+    token_pixels: Float[Tensor, "B T 3 half_H half_W"]
+    mask: Bool[Tensor, "B t g g"]
+
+
+class JointBatch(NamedTuple):
+    """One micro-batch of both streams; a stream the config leaves out is None."""
+
+    images: Images | None
+    clips: Clips | None
+
+
+class Targets(NamedTuple):
+    """What the tokenizer calls each cell: ids in [0, V)."""
+
+    images: Int64[Tensor, "B g g"] | None
+    clips: Int64[Tensor, "B T g g"] | None  # every frame is tokenized, so the clip decoder doubles time back to T
+
+
+class Losses(NamedTuple):
+    """Scalars of one micro-batch; a stream that is absent has loss and accuracy 0."""
+
+    total: Float[Tensor, ""]
+    image: Float[Tensor, ""]
+    clip: Float[Tensor, ""]
+    image_accuracy: Float[Tensor, ""]
+    clip_accuracy: Float[Tensor, ""]

@@ -1,0 +1,1 @@
+"""What is asked: batches and targets in, losses out."""

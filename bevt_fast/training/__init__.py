@@ -1,0 +1,1 @@
+"""Services the loops call: launch, engine, schedule, checkpoints, metrics. No service calls a loop."""

@@ -1,0 +1,1 @@
+"""The kernels wing: functions on tensors, each with its plain PyTorch reference."""

@@ -1,0 +1,31 @@
+"""Two packages: bevt_fast, and bevt_kernels, which is usable alone (torch + triton + einops)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "bevt_fast/__init__.py").read_text())[1]
+
+train = [
+    "av>=18", "deepspeed>=0.19.8", "jaxtyping", "matplotlib", "ninja", "numpy", "opencv-python-headless",
+    "psutil", "pydantic>=2.7", "safetensors", "setuptools", "tensorboard", "tqdm",
+]  # fmt: skip
+dali = ["nvidia-dali-cuda130>=2.4"]
+gpu = [*dali, "xformers>=0.0.35"]
+test = ["dall-e==0.1", "monai", "pyright", "pytest", "pytest-timeout", "ruff", "torchvision>=0.28"]
+
+setup(
+    name="bevt_fast",
+    version=version,
+    description="BEVT: masked visual token pretraining of Video Swin on images and videos, exact and fast",
+    long_description=(here / "README.md").read_text() if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["bevt_fast", "bevt_fast.*"]), "bevt_kernels"],
+    package_dir={"bevt_kernels": "kernels/bevt_kernels"},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops"],
+    extras_require={"train": train, "dali": dali, "gpu": gpu, "test": test, "all": [*train, *dali, *test]},
+)
