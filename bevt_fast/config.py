@@ -102,6 +102,7 @@ class Optim(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     warmup_start: Share = 0.1
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    decay_biases: bool = True  # SPEC 5.2: only norms and bias tables are spared; BEiT spares biases too
 
     @model_validator(mode="after")
     def _one_warmup(self) -> "Optim":
