@@ -107,7 +107,9 @@ def newest_valid(directory: Path) -> Checkpoint | None:
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
     if there:
-        raise CheckpointError(f"{directory}: none of {len(there)} checkpoints is intact; remove them or name another with --resume DIR")
+        raise CheckpointError(
+            f"{directory}: none of {len(there)} checkpoints is intact; remove them or name another with --resume DIR"
+        )
     return None
 
 
@@ -121,7 +123,9 @@ def read(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {name} does not match its digest, the file is damaged")
     trainer = _read_json(path, "trainer.json")
     if trainer.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {trainer.get('format')} is not {FORMAT}, which bevt_fast {__version__} reads")
+        raise CheckpointError(
+            f"{path}: format {trainer.get('format')} is not {FORMAT}, which bevt_fast {__version__} reads"
+        )
     try:
         return Checkpoint(path, trainer["step"], load_file(path / PARTS[0]), load_file(path / PARTS[1]), trainer)
     except (SafetensorError, KeyError) as error:
@@ -148,8 +152,11 @@ def require_same_architecture(checkpoint: Checkpoint, module: torch.nn.Module) -
 
 
 def _digest(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

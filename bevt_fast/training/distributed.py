@@ -48,10 +48,14 @@ def read_environment() -> None:
         # every task of a job derives the same port, and two jobs on one node another
         environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
     if "RANK" not in environment:
-        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        environment.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if missing:
-        raise MachineError(f"RANK is set but {', '.join(missing)} is not; start the processes with deepspeed, torchrun or srun")
+        raise MachineError(
+            f"RANK is set but {', '.join(missing)} is not; start the processes with deepspeed, torchrun or srun"
+        )
     environment.setdefault("LOCAL_RANK", "0")
 
 
@@ -77,11 +81,16 @@ def start(threads: int | None) -> World:
             torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10), rank=rank, world_size=size
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=10),
+            rank=rank,
+            world_size=size,
         )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise MachineError(f"process {rank} of {size} cannot meet the others at {address}: {str(error).splitlines()[0]}") from None
+        raise MachineError(
+            f"process {rank} of {size} cannot meet the others at {address}: {str(error).splitlines()[0]}"
+        ) from None
     return World(rank, local_rank, size, device)
 
 
@@ -131,7 +140,9 @@ class StopSignal:
 
     def _remember(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.exit_code == EXIT_SIGINT:
-            print("second interrupt: leaving without saving; the last checkpoint is intact", file=sys.stderr, flush=True)
+            print(
+                "second interrupt: leaving without saving; the last checkpoint is intact", file=sys.stderr, flush=True
+            )
             os._exit(EXIT_SIGINT)
         if not self.exit_code:
             self.exit_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM

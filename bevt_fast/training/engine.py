@@ -7,7 +7,7 @@ nor on the ZeRO stage, and holds no pickle.
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +57,6 @@ def parameter_groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters]
 
 
-class StepResult(NamedTuple):
-    """What became of a step: the gradient norm before clipping, and whether the weights changed."""
-
-    grad_norm: float
-    applied: bool
-
-
 class Engine:
     """DeepSpeed's engine around the objective, and the few things the loop and the checkpoints ask of it."""
 
@@ -94,7 +87,9 @@ class Engine:
                 model=objective, optimizer=optimizer, config=section, dist_init_required=True
             )
         except (AssertionError, ValueError) as error:
-            raise MachineError(f"DeepSpeed refuses the configuration: {str(error).strip() or type(error).__name__}") from error
+            raise MachineError(
+                f"DeepSpeed refuses the configuration: {str(error).strip() or type(error).__name__}"
+            ) from error
         self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self._set_adam_step(0)
 
@@ -118,24 +113,39 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def result(self) -> StepResult:
-        """Of the step just taken; the same on every process, because the norm is."""
+    @property
+    def step_applied(self) -> bool:
+        """Whether the step just taken changed the weights: not where the gradient norm was not finite. The same everywhere."""
+        return not getattr(self.optimizer, "overflow", False)
+
+    @property
+    def scaler_is_searching(self) -> bool:
+        """Whether a skipped step is the fp16 loss scaler at work, which still has room to shrink its scale."""
+        return self.dtype == torch.float16 and float(self._scaler().cur_scale) > 1.0
+
+    def grad_norm(self) -> float:
+        """L2 norm of all gradients of the step just taken, before clipping; NaN where the step was skipped."""
         norm = self.engine.get_global_grad_norm()
-        if self.dtype != torch.float32 and self.stage == 0 and norm is not None:
-            norm = float(norm) / float(self.engine.loss_scale() or 1.0)
-        applied = not getattr(self.optimizer, "overflow", False)
-        return StepResult(float(norm) if norm is not None and applied else math.nan, applied)
+        if norm is None or not self.step_applied:
+            return math.nan
+        if self.stage == 0 and self.dtype != torch.float32:  # that wrapper reports the norm of the scaled loss
+            return float(norm) / float(self._scaler().cur_scale)
+        return float(norm)
 
     # -- the state, by parameter name ----------------------------------------------------------------------------------
 
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's own names, so that `model.safetensors` loads into the model without the objective around it."""
+        return list(self.objective.model.named_parameters())  # pyright: ignore
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of the objective, whole, float32, on the CPU. Collective: all processes must run through it."""
-        return ((name, self._read(name, parameter, None)) for name, parameter in self.objective.named_parameters())
+        """Every weight of the model, whole, float32, on the CPU. Collective: all processes must run through it."""
+        return ((name, self._read(name, parameter, None)) for name, parameter in self._named())
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Every moment of AdamW, named `parameter.exp_avg`, whole, float32, on the CPU. Collective."""
         self._allocate_moments()
-        for name, parameter in self.objective.named_parameters():
+        for name, parameter in self._named():
             for moment in MOMENTS:
                 yield f"{name}.{moment}", self._read(name, parameter, moment)
 
@@ -143,7 +153,7 @@ class Engine:
         """Take over the state that `weights` and `moments` gave. The module itself must have been loaded before the engine
         was made (it is partitioned now); this sets the float32 copies that a low-precision module is rounded from."""
         self._allocate_moments()
-        for name, parameter in self.objective.named_parameters():
+        for name, parameter in self._named():
             self._write(name, parameter, weights[name], None)
             for moment in MOMENTS:
                 self._write(name, parameter, moments[f"{name}.{moment}"], moment)
@@ -232,4 +242,3 @@ def _quiet_deepspeed(deepspeed: Any) -> None:
     minute on every new machine, needs g++, and serves inference; gloo does the work."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-

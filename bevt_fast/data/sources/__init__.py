@@ -30,8 +30,12 @@ class Source:
     labels: np.ndarray | None = None  # (n,) int64
     classes: list[str] | None = None  # class names, by label
     frames: Frames | None = None  # None: the files are images
-    extents: np.ndarray | None = None  # (n, 2) int64: first frame, number of frames (-1: to the end); for lists that say so
-    min_frames: int = 2  # a video with fewer frames (one tubelet) is quarantined; a longer one is looped as SPEC 6.7 says
+    extents: np.ndarray | None = (
+        None  # (n, 2) int64: first frame, number of frames (-1: to the end); for lists that say so
+    )
+    min_frames: int = (
+        2  # a video with fewer frames (one tubelet) is quarantined; a longer one is looped as SPEC 6.7 says
+    )
 
     def __len__(self) -> int:
         return len(self.paths)
