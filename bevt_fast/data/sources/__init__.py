@@ -1,4 +1,4 @@
-"""Open room: one dataset per file. A source says which files there are, their labels, and how frames are drawn from them.
+"""Open room: one dataset per file. A source says which files there are, their labels, and how frames are drawn.
 
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
@@ -13,7 +13,7 @@ from bevt_fast.config import Part, open_part
 
 
 class Frames(NamedTuple):
-    """How a clip is drawn from a video (SPEC 6.7): `count` frames, `stride` apart, or one from each of `count` segments."""
+    """How a clip is drawn (SPEC 6.7): `count` frames, `stride` apart, or one from each of `count` segments."""
 
     count: int = 16
     stride: int = 8
@@ -22,7 +22,7 @@ class Frames(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A list of files. `paths` are relative to `root` (or absolute); lists stay flat so that a million lines are cheap."""
+    """A list of files. `paths` are relative to `root` (or absolute); flat, so that a million lines are cheap."""
 
     name: str
     root: Path
