@@ -1,4 +1,4 @@
-"""Open room: one dataset per file. A source says which files there are, their labels, and how frames are drawn from them.
+"""Open room: one dataset per file. A source says which files there are, their labels, and how frames are drawn.
 
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
@@ -13,7 +13,7 @@ from bevt_fast.config import Part, open_part
 
 
 class Frames(NamedTuple):
-    """How a clip is drawn from a video (SPEC 6.7): `count` frames, `stride` apart, or one from each of `count` segments."""
+    """How a clip is drawn (SPEC 6.7): `count` frames, `stride` apart, or one from each of `count` segments."""
 
     count: int = 16
     stride: int = 8
@@ -22,7 +22,7 @@ class Frames(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A list of files. `paths` are relative to `root` (or absolute); lists stay flat so that a million lines are cheap."""
+    """A list of files. `paths` are relative to `root` (or absolute); flat, so that a million lines are cheap."""
 
     name: str
     root: Path
@@ -30,8 +30,12 @@ class Source:
     labels: np.ndarray | None = None  # (n,) int64
     classes: list[str] | None = None  # class names, by label
     frames: Frames | None = None  # None: the files are images
-    extents: np.ndarray | None = None  # (n, 2) int64: first frame, number of frames (-1: to the end); for lists that say so
-    min_frames: int = 2  # a video with fewer frames (one tubelet) is quarantined; a longer one is looped as SPEC 6.7 says
+    extents: np.ndarray | None = (
+        None  # (n, 2) int64: first frame, number of frames (-1: to the end); for lists that say so
+    )
+    min_frames: int = (
+        2  # a video with fewer frames (one tubelet) is quarantined; a longer one is looped as SPEC 6.7 says
+    )
 
     def __len__(self) -> int:
         return len(self.paths)
