@@ -4,7 +4,6 @@ The weights are OpenAI's encoder.pkl. It is a pickled module, read here without 
 turns it into safetensors once, which loads faster and can carry nothing but tensors.
 """
 
-import hashlib
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch.nn import functional
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.errors import DataError
-from bevt_fast.tokenizers import _restricted_pickle
+from bevt_fast.tokenizers import _restricted_pickle, _weights_file
 
 PUBLISHED = "https://cdn.openai.com/dall-e/encoder.pkl"
+FORMAT = "dall_e.encoder"
 GROUPS, BLOCKS = 4, 2  # SPEC 3.1
 GAIN = 1 / (GROUPS * BLOCKS) ** 2  # of a block's residual path
 
@@ -118,6 +118,11 @@ class Dalle(nn.Module):
         return torch.cat(ids).reshape(*leading, height // self.cell, width // self.cell)
 
 
+    def save(self, path: str | Path) -> None:
+        """Write safetensors, whole or not at all. Raises DataError where that cannot be done."""
+        _weights_file.write(path, self.state_dict(), {"format": FORMAT, "vocab_size": str(self.vocab_size)})
+
+
 def load(path: str | Path, vocab_size: int | None = None) -> Dalle:
     """The encoder in a file: safetensors, or OpenAI's pickled module in either format of torch.save (never run).
 
@@ -164,7 +169,7 @@ def read(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
             f"there is no tokenizer file {path}; download {PUBLISHED}, and `python bevt_fast/prepare.py convert "
             "encoder.pkl encoder.safetensors` turns it into plain tensors"
         )
-    if sha256 is not None and (found := digest(path)) != sha256.lower():
+    if sha256 is not None and (found := _weights_file.digest(path)) != sha256.lower():
         raise DataError(
             f"{path} has the SHA-256 digest {found} where {sha256} is expected: refused; "
             "get the file again, or correct tokenizer.options.sha256"
@@ -186,15 +191,6 @@ def read(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
             f"{path} is neither a whole safetensors file nor one that torch.save wrote ({error}); "
             f"download it again from {PUBLISHED}"
         ) from None
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    hasher = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 def build(options: Options) -> Dalle:

@@ -6,19 +6,18 @@ number below 2^24, which float32 holds exactly. Hence the same ids, and the same
 batch.
 """
 
-import os
 import random
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.errors import DataError
+from bevt_fast.tokenizers import _weights_file
 
 CELL = 8
 FORMAT = "bevt_fast.patch_kmeans/1"
@@ -74,20 +73,9 @@ class PatchKMeans(nn.Module):
         return cells.transpose(-3, -2).reshape(*leading, 3, rows * CELL, columns * CELL)
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with a line of metadata; the file is there whole or not at all."""
-        metadata = {
-            "format": FORMAT, "cell": str(CELL), "vocab_size": str(self.vocab_size), "source": self.source,
-        }  # fmt: skip
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(save({"centroids": self.centroids.cpu()}, metadata))
-            os.replace(partial, path)
-        except OSError as error:
-            if partial.is_file():
-                partial.unlink()
-            raise DataError(f"cannot write the tokenizer {path}: {error.strerror}; choose another place") from None
+        """Write safetensors, whole or not at all. Raises DataError where that cannot be done."""
+        metadata = {"format": FORMAT, "cell": str(CELL), "vocab_size": str(self.vocab_size), "source": self.source}
+        _weights_file.write(path, {"centroids": self.centroids}, metadata)
 
 
 def fit(
