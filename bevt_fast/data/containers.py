@@ -1,4 +1,4 @@
-"""How long a video file says it is. FFmpeg reads a file that was cut off as a shorter video; its container knows better."""
+"""How long a video file says it is: FFmpeg reads a file that was cut off as a shorter video, its headers tell."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska / WebM
 
 
 def is_cut_short(path: str | Path) -> bool:
-    """Whether an mp4/mov, WebM/Matroska or avi file ends before the size its own headers give. False where they give none."""
+    """Whether an mp4/mov, WebM/Matroska or avi file ends before the size in its own headers. False if there is none."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(64)

@@ -1,12 +1,13 @@
 """Exact frames out of any file, or a BadFile that says why not. PyAV for videos, Pillow for images.
 
-Frame k of a video is the k-th frame a player would show: the k-th smallest presentation time among the packets that are
-shown. One pass over the packets finds these times and the keyframes without decoding, so reading a clip seeks to the
-keyframe before each frame it needs and decodes forward from there. Where a file has no trustworthy times, its frames are
-counted as the decoder puts them out. Whatever is wrong with a file ends as a BadFile: the loader replaces it and goes on.
+Frame k of a video is the k-th frame a player would show: the k-th smallest presentation time among the packets that
+are shown. One pass over the packets finds these times and the keyframes without decoding, so reading a clip seeks to
+the keyframe before each frame it needs and decodes forward from there. Where a file has no trustworthy times, its
+frames are counted as the decoder puts them out. Whatever is wrong with a file ends as a BadFile: the run goes on.
 """
 
 import contextlib
+import errno
 import functools
 import re
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import av.container
 import av.logging
 import numpy as np
 from av.video.reformatter import VideoReformatter
@@ -24,12 +26,14 @@ from bevt_fast.data.containers import is_cut_short
 av.logging.set_level(av.logging.PANIC)  # FFmpeg's remarks on damaged files; what matters arrives as BadFile
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+KINDS = ("missing", "empty", "unreadable", "no_video", "truncated", "too_short", "corrupt", "io")
 # reading again may help with these, and with no other fault
 PASSING_FAULTS = {"io"}
+PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class BadFile(Exception):
-    """A file that cannot be used. `kind` is one word: missing, empty, unreadable, no_video, truncated, too_short, corrupt, io."""
+    """A file that cannot be used, for a reason of one of KINDS."""
 
     def __init__(self, kind: str, path: str | Path, reason: str):
         super().__init__(kind, str(path), reason)  # plain arguments, so that it travels between processes
@@ -74,10 +78,10 @@ def probe(path: str | Path, extent: tuple[int, int] = (0, -1), min_frames: int =
 
 
 def read_frames(path: str | Path, indices: Sequence[int], extent: tuple[int, int] = (0, -1)) -> np.ndarray:
-    """The frames `indices` (any order, repeats allowed) of the part `extent` of a video. Returns (T, H, W, 3) uint8 RGB.
+    """The frames `indices` (any order, repeats allowed) of the part `extent` of a video. Returns (T, H, W, 3) uint8.
 
-    Rotated as the file's display matrix says. Raises BadFile where one of the frames cannot be decoded, and IndexError
-    for an index outside [0, probe(path, extent).frames).
+    RGB, rotated as the file's display matrix says. Raises BadFile where one of the frames cannot be decoded, and
+    IndexError for an index outside [0, probe(path, extent).frames).
     """
     frames = probe(path, extent).frames
     if not all(0 <= i < frames for i in indices):
@@ -93,8 +97,14 @@ def read_frames(path: str | Path, indices: Sequence[int], extent: tuple[int, int
     return np.stack([pictures[extent[0] + i] for i in indices])
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image, from its header. Raises BadFile."""
+    with _faults(path, "unreadable"), Image.open(path) as image:
+        return image.height, image.width
+
+
 def read_image(path: str | Path) -> np.ndarray:
-    """An image as (H, W, 3) uint8 RGB: alpha dropped, CMYK and grey converted, 16 bits cut to 8, EXIF rotation not applied.
+    """An image as (H, W, 3) uint8 RGB: alpha dropped, CMYK and grey converted, 16 bits cut to 8, EXIF not applied.
 
     The official pipeline decodes with OpenCV's "ignore orientation" (SPEC 5.3); Pillow is used because OpenCV returns
     half a picture for a truncated file without saying so. Raises BadFile.
@@ -118,16 +128,17 @@ def _faults(path: str | Path, kind: str) -> Iterator[None]:
     except Exception as error:  # FFmpeg and Pillow raise a dozen unrelated classes on damaged files
         if Path(path).is_file() and not Path(path).stat().st_size:
             raise BadFile("empty", path, "0 bytes") from None
-        if isinstance(error, OSError) and error.errno in (5, 116, 110):  # EIO, ESTALE, ETIMEDOUT
+        if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
             kind = "io"
+        elif "truncated" in str(error):  # Pillow's word
+            kind = "truncated"
         raise BadFile(kind, path, f"{type(error).__name__}: {error}".split("; last error log")[0]) from None
 
 
 def _whole(path: str | Path) -> Probe:
     if Path(path).is_dir():
         files = _image_files(Path(path))
-        with _faults(files[0], "unreadable"), Image.open(files[0]) as image:
-            return Probe(len(files), image.height, image.width, "images", image.mode, 0)
+        return Probe(len(files), *image_size(files[0]), "images", "rgb24", 0)
     return _index(path).probe
 
 
@@ -136,7 +147,9 @@ def _image_files(folder: Path) -> list[Path]:
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise BadFile("no_video", folder, "a folder without images")
-    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+    return sorted(
+        files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
+    )
 
 
 def _index(path: str | Path) -> _Index:
@@ -155,7 +168,9 @@ def _indexed(path: str, changed: int, size: int) -> _Index:
         times, keys, shown, first = [], [], 0, None
         for packet in container.demux(stream):
             if first is None:
-                with contextlib.suppress(av.FFmpegError):  # leading pictures of a cut stream; none at all is caught below
+                with contextlib.suppress(
+                    av.FFmpegError
+                ):  # leading pictures of a cut stream; none at all is caught below
                     first = next(iter(packet.decode()), None)
             shown += bool(packet.size)
             if packet.size and not packet.is_discard:  # an edit list hides packets that are only there to be decoded
