@@ -1,4 +1,4 @@
-"""Tensors out of a torch.save file of which nothing is run: the DALL-E encoder is published as a pickled module (SPEC 3.1).
+"""Tensors out of a torch.save file, of which nothing is run: DALL-E's encoder is a pickled module (SPEC 3.1).
 
 A pickle is a program. Two gates stand before this one: its instructions are read through first and any that torch.save
 does not write refuses the file; then every name it asks for must be in `_names`, where each name leads to a stand-in
@@ -29,9 +29,9 @@ _MAX_PROGRAM = 1 << 26  # bytes of pickle; the encoder's is about 50 kB, its ten
 _MAX_MEMO = 1 << 20  # a memo index costs memory up to it
 
 _INSTRUCTIONS = frozenset(
-    "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT"
-    " BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_SET EMPTY_TUPLE TUPLE TUPLE1"
-    " TUPLE2 TUPLE3 APPEND APPENDS ADDITEMS SETITEM SETITEMS NEWOBJ REDUCE BUILD BINPERSID".split()
+    "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE"
+    " BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_SET EMPTY_TUPLE"
+    " TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS ADDITEMS SETITEM SETITEMS NEWOBJ REDUCE BUILD BINPERSID".split()
 )
 _MODULES = frozenset(
     "dall_e.encoder.Encoder dall_e.encoder.EncoderBlock dall_e.utils.Conv2d torch.nn.modules.container.Sequential"
@@ -229,7 +229,7 @@ def _views(value: Any, prefix: str = "") -> dict[str, _View]:
 
 
 def _tensors(views: dict[str, _View], data: _Data, room: int) -> dict[str, Tensor]:
-    """Contiguous tensors of their own memory, `room` bytes in all at most: what the file holds, however often it is named."""
+    """Contiguous tensors, at most `room` bytes of them: what the file holds, however often a storage is named."""
     tensors = {}
     if sum(math.prod(view.shape) * view.storage.dtype.itemsize for view in views.values()) > room:
         raise ValueError("its tensors are larger than the file")

@@ -4,7 +4,6 @@ The weights are OpenAI's encoder.pkl. It is a pickled module, read here without 
 turns it into safetensors once, which loads faster and can carry nothing but tensors.
 """
 
-import hashlib
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch.nn import functional
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.errors import DataError
-from bevt_fast.tokenizers import _restricted_pickle
+from bevt_fast.tokenizers import _restricted_pickle, _weights_file
 
 PUBLISHED = "https://cdn.openai.com/dall-e/encoder.pkl"
+FORMAT = "dall_e.encoder"
 GROUPS, BLOCKS = 4, 2  # SPEC 3.1
 GAIN = 1 / (GROUPS * BLOCKS) ** 2  # of a block's residual path
 
@@ -34,7 +34,7 @@ class Options(Section):
 
 
 class Convolution(nn.Module):
-    """Stride 1, zero padding to the same size. On a GPU in float16, unless `exact` (SPEC 3.1: the module casts itself)."""
+    """Stride 1, zero padding to the same size. In float16 on a GPU, unless `exact` (SPEC 3.1: it casts itself)."""
 
     def __init__(self, inputs: int, outputs: int, side: int, exact: bool = False):
         super().__init__()
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class Dalle(nn.Module):
-    """The encoder and its argmax. Names of the weights are the official ones (`blocks.group_1.block_1.res_path.conv_1.w`).
+    """The encoder and its argmax. Weights have the official names (`blocks.group_1.block_1.res_path.conv_1.w`).
 
     hidden: width n of the first group; the others have 2n, 4n and 8n.
     """
@@ -87,20 +87,21 @@ class Dalle(nn.Module):
             if group < GROUPS - 1:
                 layers["pool"] = nn.MaxPool2d(2)
             blocks[f"group_{group + 1}"] = nn.Sequential(layers)
-        head = OrderedDict(relu=nn.ReLU(), conv=Convolution(width, vocab_size, 1, exact=True))
+        head: OrderedDict[str, nn.Module] = OrderedDict(relu=nn.ReLU())
+        head["conv"] = Convolution(width, vocab_size, 1, exact=True)
         blocks["output"] = nn.Sequential(head)
         self.blocks = nn.Sequential(blocks)
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def logits(self, token_pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N V h w"]:
-        """Score of every id for every cell, float32. Raises ValueError for pixels that are not float32 in 8-pixel cells."""
+        """Score of every id for every cell, float32. Raises ValueError for pixels not float32 or not in whole cells."""
         if token_pixels.dtype != torch.float32:
             raise ValueError(f"the tokenizer reads float32 pixels in [0.1, 0.9] (SPEC 3.2), got {token_pixels.dtype}")
         channels, height, width = token_pixels.shape[-3:]
         if channels != 3 or height % self.cell or width % self.cell:
             raise ValueError(
-                f"the tokenizer reads 3 channels of sides that are multiples of {self.cell}, got {channels} x {height} x {width}"
+                f"the tokenizer reads 3 channels, sides in multiples of {self.cell}; got {channels}x{height}x{width}"
             )
         # the precision is part of the tokenizer's definition, so a surrounding autocast does not count
         with torch.autocast(token_pixels.device.type, enabled=False):
@@ -117,6 +118,11 @@ class Dalle(nn.Module):
         return torch.cat(ids).reshape(*leading, height // self.cell, width // self.cell)
 
 
+    def save(self, path: str | Path) -> None:
+        """Write safetensors, whole or not at all. Raises DataError where that cannot be done."""
+        _weights_file.write(path, self.state_dict(), {"format": FORMAT, "vocab_size": str(self.vocab_size)})
+
+
 def load(path: str | Path, vocab_size: int | None = None) -> Dalle:
     """The encoder in a file: safetensors, or OpenAI's pickled module in either format of torch.save (never run).
 
@@ -128,10 +134,11 @@ def load(path: str | Path, vocab_size: int | None = None) -> Dalle:
 def from_tensors(tensors: dict[str, Tensor], where: str, vocab_size: int | None = None) -> Dalle:
     """The encoder of these weights. `where` names them in errors. Raises DataError if they are not an encoder's."""
     first, last = tensors.get("blocks.input.w"), tensors.get("blocks.output.conv.w")
-    if first is None or last is None:
+    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
         some = ", ".join(list(tensors)[:3]) or "nothing"
         raise DataError(
-            f"{where} does not hold DALL-E's encoder (no blocks.input.w, blocks.output.conv.w; it has {some}, ...); get it from {PUBLISHED}"
+            f"{where} does not hold DALL-E's encoder (no blocks.input.w, blocks.output.conv.w; it has {some}, ...); "
+            f"get it from {PUBLISHED}"
         )
     if vocab_size is not None and len(last) != vocab_size:
         raise DataError(
@@ -155,16 +162,17 @@ def from_tensors(tensors: dict[str, Tensor], where: str, vocab_size: int | None 
 
 
 def read(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a weights file, whose kind is told from its first bytes. Raises DataError, also for another digest."""
+    """The tensors of a weights file; its first bytes tell its kind. Raises DataError, also for another digest."""
     path = Path(path)
     if not path.is_file():
         raise DataError(
             f"there is no tokenizer file {path}; download {PUBLISHED}, and `python bevt_fast/prepare.py convert "
             "encoder.pkl encoder.safetensors` turns it into plain tensors"
         )
-    if sha256 is not None and (found := digest(path)) != sha256.lower():
+    if sha256 is not None and (found := _weights_file.digest(path)) != sha256.lower():
         raise DataError(
-            f"{path} has the SHA-256 digest {found} where {sha256} is expected: refused; get the file again, or correct tokenizer.options.sha256"
+            f"{path} has the SHA-256 digest {found} where {sha256} is expected: refused; "
+            "get the file again, or correct tokenizer.options.sha256"
         )
     with open(path, "rb") as file:
         start = file.read(512)
@@ -180,17 +188,9 @@ def read(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
         return load_safetensors(path.read_bytes())
     except (SafetensorError, ValueError, KeyError) as error:
         raise DataError(
-            f"{path} is neither a whole safetensors file nor one that torch.save wrote ({error}); download it again from {PUBLISHED}"
+            f"{path} is neither a whole safetensors file nor one that torch.save wrote ({error}); "
+            f"download it again from {PUBLISHED}"
         ) from None
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    hasher = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 def build(options: Options) -> Dalle:

@@ -1,23 +1,23 @@
 """k-means over 8 x 8 pixel cells: a tokenizer fitted in about a second, whose centroids draw what an id looks like.
 
-A cell's nearest centroid is the largest of 2 x.c - |c|^2, so one stride-8 convolution and an argmax find it. Pixels come
-from 8-bit pictures and centroids are whole grey levels, both shifted by 128: every product and sum is a whole number below
-2^24, which float32 holds exactly. Hence the same ids, and the same fit, for any device, thread count or batch.
+A cell's nearest centroid is the largest of 2 x.c - |c|^2, so one stride-8 convolution and an argmax find it. Pixels
+come from 8-bit pictures and centroids are whole grey levels, both shifted by 128: every product and sum is a whole
+number below 2^24, which float32 holds exactly. Hence the same ids, and the same fit, for any device, thread count or
+batch.
 """
 
-import os
 import random
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.errors import DataError
+from bevt_fast.tokenizers import _weights_file
 
 CELL = 8
 FORMAT = "bevt_fast.patch_kmeans/1"
@@ -45,13 +45,13 @@ class PatchKMeans(nn.Module):
 
     @torch.no_grad()
     def logits(self, token_pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N V h w"]:
-        """2 x.c - |c|^2 in squared grey levels, exact. Raises ValueError for pixels that are not float32 in 8-pixel cells."""
+        """2 x.c - |c|^2 in squared grey levels. Raises ValueError for pixels not float32 or not in whole cells."""
         if token_pixels.dtype != torch.float32:
             raise ValueError(f"the tokenizer reads float32 pixels in [0.1, 0.9] (SPEC 3.2), got {token_pixels.dtype}")
         channels, height, width = token_pixels.shape[-3:]
         if channels != 3 or height % CELL or width % CELL:
             raise ValueError(
-                f"the tokenizer reads 3 channels of sides that are multiples of {CELL}, got {channels} x {height} x {width}"
+                f"the tokenizer reads 3 channels, sides in multiples of {CELL}; got {channels}x{height}x{width}"
             )
         centroids = self.centroids.float() - 128
         with torch.autocast(token_pixels.device.type, enabled=False):
@@ -73,19 +73,9 @@ class PatchKMeans(nn.Module):
         return cells.transpose(-3, -2).reshape(*leading, 3, rows * CELL, columns * CELL)
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors with a line of metadata; the file is there whole or not at all."""
-        metadata = {
-            "format": FORMAT, "cell": str(CELL), "vocab_size": str(self.vocab_size), "source": self.source,
-        }  # fmt: skip
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(save({"centroids": self.centroids.cpu()}, metadata))
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise DataError(f"cannot write the tokenizer {path}: {error.strerror}; choose another place") from None
+        """Write safetensors, whole or not at all. Raises DataError where that cannot be done."""
+        metadata = {"format": FORMAT, "cell": str(CELL), "vocab_size": str(self.vocab_size), "source": self.source}
+        _weights_file.write(path, {"centroids": self.centroids}, metadata)
 
 
 def fit(
@@ -132,13 +122,15 @@ def load(path: str | Path, vocab_size: int | None = None) -> PatchKMeans:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            centroids = file.get_tensor("centroids") if "centroids" in file.keys() else None  # noqa: SIM118
+            centroids = file.get_tensor("centroids") if "centroids" in file.keys() else None
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} is not a whole safetensors file ({error}); {MAKE} makes one") from None
     if metadata.get("format") != FORMAT or centroids is None or centroids.dtype != torch.uint8:
         raise DataError(f"{path} does not hold a patch_kmeans tokenizer of this version; {MAKE} makes one")
     if centroids.shape[1:] != (3, CELL, CELL) or not len(centroids):
-        raise DataError(f"{path} has centroids of {tuple(centroids.shape)}, not (ids, 3, {CELL}, {CELL}); {MAKE} makes one")
+        raise DataError(
+            f"{path} has centroids of {tuple(centroids.shape)}, not (ids, 3, {CELL}, {CELL}); {MAKE} makes one"
+        )
     if vocab_size is not None and len(centroids) != vocab_size:
         raise DataError(
             f"{path} has a vocabulary of {len(centroids)} ids where {vocab_size} are expected; "
