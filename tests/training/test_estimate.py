@@ -177,17 +177,22 @@ def joint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> configuration.Conf
     return configuration.parse(configuration.Config, values, "test")
 
 
+# spreads of one mask's hidden share (SPEC 2.1: 0.93 cells; SPEC 2.3: tubes of 4 to 8 steps, all lengths alike)
+IMAGE_ERROR = 3 * 0.93 / 196 / estimate.MASKS**0.5
+CLIP_ERROR = 3 * (2**0.5 / 8 * 0.498) / estimate.MASKS**0.5
+
+
 def test_hidden_shares_and_frames_come_from_the_parts(joint: configuration.Config) -> None:
     images, clips = estimate.stream_shapes(joint)
     assert (images.frames, clips.frames, clips.side) == (1, 16, 224)
-    # means and spreads of SPEC 2.1 and 2.3, three standard errors of the masks drawn
-    assert abs(images.hidden - 97.53 / 196) < 3 * 0.93 / 196 / estimate.MASKS**0.5
-    assert abs(clips.hidden - 0.374) < 3 * (2**0.5 / 8 * 0.498) / estimate.MASKS**0.5 + 0.0005  # printed to 3 digits
+    assert abs(images.hidden - 97.53 / 196) < IMAGE_ERROR
+    assert abs(clips.hidden - 0.374) < CLIP_ERROR + 0.0005  # printed to three digits
 
 
 def test_a_step_is_the_batch_of_both_streams(joint: configuration.Config) -> None:
-    # SPEC 8.2, row B: a step of the joint stage is 256 clips and 2048 images, the whole of it 108 EFLOP
-    assert abs(estimate.step_flops(joint) - (256 * 1781e9 + 2048 * 152.7e9)) < 0.01 * estimate.step_flops(joint)
+    # SPEC 8.2, row B, to its printed digits; the head's share is that of the masks drawn
+    allowed = 256 * (0.5 + 3 * 52.6 * CLIP_ERROR) + 2048 * (0.05 + 3 * 3.29 * IMAGE_ERROR)
+    assert abs(estimate.step_flops(joint) / 1e9 - (256 * 1781 + 2048 * 152.7)) < allowed
     images_only = joint.model_copy(update={"clips": None})
     assert estimate.step_flops(images_only) < 0.5 * estimate.step_flops(joint)
 
