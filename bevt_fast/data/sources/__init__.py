@@ -82,8 +82,8 @@ def build(part: Part) -> Source:
 def preflight(source: Source, allowed_share: float = 0.0) -> int:
     """Look for the files of a source before a run; returns how many of those looked for are missing.
 
-    All files of a source of up to 20,000 are looked for, 2,000 evenly spaced ones of a larger one. Raises DataError with
-    the count, the root and the first five if more than `allowed_share` of them are missing.
+    All files of a source of up to 20,000 are looked for, 2,000 evenly spaced ones of a larger one. Raises DataError
+    with the count, the root and the first five if more than `allowed_share` of them are missing.
     """
     n = len(source)
     indices = range(n) if n <= CHECK_ALL else [k * n // CHECK_SOME for k in range(CHECK_SOME)]
