@@ -240,7 +240,7 @@ def test_blocks_and_single_lines_read_the_same(tmp_path, monkeypatch):
     for mark in (" ", "\t", ","):
         for end in ("\n", "\r\n"):
             lines = [f"{path}{mark}{label}{end}" for path, label in rows]
-            for k, unusual in enumerate([f"# note{end}", end, f"   {end}", f"\t# note{end}"]):
+            for k, unusual in enumerate([f"#note{mark}3{end}", end, f"   {end}", f"\t# note{end}"]):
                 lines.insert(90 * k + 55, unusual)
             lines[300] = "  " + lines[300]
             found = listed(tmp_path, "".join(lines))
