@@ -312,7 +312,7 @@ def test_what_diving48_refuses(tmp_path, entry, sentence):
     assert sentence in refused("diving48", root=tmp_path, annotations="train.json")
 
 
-# preflight and fingerprint
+# preflight
 
 
 def test_preflight_counts_what_is_missing(tmp_path):
@@ -342,30 +342,3 @@ def test_preflight_looks_for_some_files_of_a_large_source(tmp_path, monkeypatch)
     asked.clear()
     sources.preflight(Source(name="mine", root=tmp_path, paths=[str(k) for k in range(50_000)]), 0.0)
     assert sorted(asked) == list(range(0, 50_000, 25))
-
-
-CLIP = Frames()
-
-
-def test_fingerprint_changes_with_what_is_listed_and_not_with_where(tmp_path):
-    def of(root=tmp_path, paths=("a", "b"), labels=(0, 1), extents=None, frames: Frames | None = CLIP):
-        return sources.fingerprint(
-            Source(
-                name="mine",
-                root=root,
-                paths=list(paths),
-                labels=None if labels is None else np.array(labels),
-                extents=None if extents is None else np.array(extents),
-                frames=frames,
-            )
-        )
-
-    assert of() == of(root=tmp_path / "moved")
-    others = [
-        of(paths=("b", "a")),
-        of(paths=("a", "c")),
-        of(paths=("a", "b", "c"), labels=(0, 1, 1)),
-        of(labels=(1, 0)),
-    ]
-    others += [of(labels=None), of(extents=((0, 1), (0, 2))), of(frames=Frames(8)), of(frames=None)]
-    assert len({of(), *others}) == 1 + len(others)

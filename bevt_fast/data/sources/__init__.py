@@ -3,7 +3,6 @@
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +102,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a folder we may not enter, a name too long
         return False
-
-
-def fingerprint(source: Source) -> str:
-    """32 hex digits of what a source lists, wherever its root is: a resumed run sees with it that the data changed."""
-    hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(f"{len(source)} {source.frames} {source.min_frames} {source.classes}".encode())
-    hasher.update("\n".join(source.paths).encode(errors="surrogateescape"))
-    for numbers in (source.labels, source.extents):
-        hasher.update(b"none" if numbers is None else np.ascontiguousarray(numbers, dtype="<i8").tobytes())
-    return hasher.hexdigest()
