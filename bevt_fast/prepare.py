@@ -1,8 +1,8 @@
 """Make what a run reads: a tokenizer fitted to your own data, DALL-E's weights as plain tensors, the demo's data.
 
-    python bevt_fast/prepare.py tokenizer --data VIDEOS --data IMAGES --out data/tokenizer.safetensors
-    python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors
-    python bevt_fast/prepare.py moving_shapes
+python bevt_fast/prepare.py tokenizer --data VIDEOS --data IMAGES --out data/tokenizer.safetensors
+python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors
+python bevt_fast/prepare.py moving_shapes
 """
 
 import argparse
@@ -47,12 +47,16 @@ def command_line() -> argparse.ArgumentParser:
     )  # fmt: skip
     tokenizer.add_argument("--out", required=True, metavar="FILE", help="the weights to write (.safetensors)")
     tokenizer.add_argument("--codes", type=_count, default=128, help="ids in the codebook (default: %(default)s)")
-    tokenizer.add_argument("--size", type=_count, default=96, help="pixels a side of the run's view, 16 a cell (%(default)s)")
+    tokenizer.add_argument(
+        "--size", type=_count, default=96, help="pixels a side of the run's view, 16 a cell (%(default)s)"
+    )
     tokenizer.add_argument("--samples", type=_count, default=1024, help="pictures to fit to (%(default)s)")
     tokenizer.add_argument("--seed", type=int, default=0)
     tokenizer.set_defaults(run=fit_tokenizer)
 
-    convert = programs.add_parser("convert", help="turn DALL-E's pickled encoder into safetensors; nothing of it is run")
+    convert = programs.add_parser(
+        "convert", help="turn DALL-E's pickled encoder into safetensors; nothing of it is run"
+    )
     convert.add_argument("source", metavar="SRC", help="encoder.pkl, in either format of torch.save")
     convert.add_argument("target", metavar="DST", help="the file to write (.safetensors)")
     convert.add_argument("--sha256", metavar="DIGEST", help="refuse a source with another SHA-256 digest")
@@ -84,7 +88,10 @@ def fit_tokenizer(options: argparse.Namespace) -> None:
     to_fit, to_test = zip(*(_split(source) for source in found))
     views, held_out = (
         list(tokenizer_fit.sample_views({f"{i}": (source, view) for i, source in enumerate(part)}, seed, count))
-        for part, seed, count in ((to_fit, options.seed, options.samples), (to_test, options.seed + 1, options.samples // 4))
+        for part, seed, count in (
+            (to_fit, options.seed, options.samples),
+            (to_test, options.seed + 1, options.samples // 4),
+        )
     )
     part = Part(name="patch_kmeans", options={"weights": options.out, "vocab_size": options.codes})
     start = time.perf_counter()
@@ -94,7 +101,9 @@ def fit_tokenizer(options: argparse.Namespace) -> None:
     if held_out:
         ids = tokenizers.build(part)(torch.cat(held_out))
         used, perplexity, commonest = tokenizer_fit.codebook_usage(ids, options.codes)
-        seen = "" if all(len(source) >= HELD_OUT for source in found) else " (too few files to keep some out of the fit)"
+        seen = (
+            "" if all(len(source) >= HELD_OUT for source in found) else " (too few files to keep some out of the fit)"
+        )
         print(
             f"on {len(ids):,} held-out pictures{seen}: {used} ids used, perplexity {perplexity:.1f}, "
             f"the commonest id names {100 * commonest:.1f} % of the cells"
@@ -136,8 +145,8 @@ def write_moving_shapes(options: argparse.Namespace) -> None:
     part = parse(moving_shapes.Options, given, "moving_shapes")
     place = moving_shapes.ensure(part)
     print(
-        f"{place} holds {part.clips} + {part.test_clips} clips and {part.images} + {part.test_images} images (training + "
-        f"test), {part.size} pixels a side; {place / 'annotations.csv'} lists them"
+        f"{place} holds {part.clips} + {part.test_clips} clips and {part.images} + {part.test_images} images "
+        f"(training + test), {part.size} pixels a side; {place / 'annotations.csv'} lists them"
     )
     print("train on it: python bevt_fast/train.py --config configs/demo.json")
 
@@ -152,7 +161,10 @@ def _sources(path: Path) -> list["Source"]:
     parts = []
     if (path / "dataset.json").is_file():
         recipe = _recipe(path / "dataset.json")
-        parts = [Part(name="moving_shapes", options=recipe | {"root": str(path), "kind": kind}) for kind in ("clips", "images")]
+        parts = [
+            Part(name="moving_shapes", options=recipe | {"root": str(path), "kind": kind})
+            for kind in ("clips", "images")
+        ]
     elif path.is_dir():
         kinds = {"clips": VIDEOS, "images": IMAGES}
         parts = [
