@@ -1,4 +1,4 @@
-"""Bevt: the encoder, a mask token, one decoder per stream, and one token head that both streams share (SPEC 1.3 to 1.6).
+"""Bevt: the encoder, a mask token, one decoder per stream, and one token head for both streams (SPEC 1.3 to 1.6).
 
 Features leave a decoder on the mask grid (16-pixel cells) with width K = 8 * embed_dim, after the encoder's own final
 norm, which both streams share and which fine-tuning finds again on F4 (SPEC X4).
@@ -38,7 +38,7 @@ class MaskToken(nn.Module):
 
 
 class Upsample(nn.ConvTranspose3d):
-    """A transposed convolution whose kernel is its stride, on channels-last tokens: one matrix product, nothing overlaps."""
+    """A transposed convolution whose kernel is its stride, on channels-last tokens: one matrix product."""
 
     def __init__(self, width: int, factors: tuple[int, int, int]) -> None:
         super().__init__(width, width, factors, factors)
@@ -100,7 +100,8 @@ class Bevt(nn.Module):
         if not streams or not set(streams) <= set(STREAMS):
             raise ConfigError(f"Bevt has the streams {', '.join(STREAMS)}; got {', '.join(streams) or 'none'}")
         width = config.widths[-1]
-        self.config, self.image_attention, self.streams = config, image_attention, tuple(streams)
+        self.config, self.streams = config, tuple(streams)
+        self.image_attention: ImageAttention = image_attention
         self.encoder = VideoSwin(config, bias_index, initialisation, activation_checkpointing, "clips" in streams)
         self.mask_token = MaskToken(config.embed_dim)
         self.image_stem = self.image_decoder = self.clip_decoder = None
@@ -139,7 +140,7 @@ class Bevt(nn.Module):
 
 
 def _upsample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, t, h, w, K) times (K, K', p, q, r) -> (B, t p, h q, w r, K'): input (t, h, w) owns a block of p q r outputs."""
+    """(B, t, h, w, K) times (K, K', p, q, r) -> (B, t p, h q, w r, K'): a token becomes a block of p q r tokens."""
     (batch, t, h, w, _), (_, width, p, q, r) = x.shape, weight.shape
     # the kernel's axes go before the channels, so that a block's outputs are whole vectors
     blocks = x @ weight.permute(0, 2, 3, 4, 1).flatten(1)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from bevt_kernels import masked_embedding, window_attention
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bevt_fast import config
 from bevt_fast.errors import ConfigError
-from bevt_kernels import masked_embedding, window_attention
 
 BiasIndex = Literal["true", "official"]
 ImageAttention = Literal["t1", "official"]
@@ -76,12 +76,12 @@ class MaskedLayerNorm(nn.LayerNorm):
 
 
 class Stem(nn.Module):
-    """Pixels to tokens: a convolution over whole patches, then a LayerNorm (SPEC 1.2). Two patch axes make an image stem."""
+    """Pixels to tokens: convolution over whole patches, then LayerNorm (SPEC 1.2). An image stem has two patch axes."""
 
     def __init__(self, width: int, patch: Sequence[int]) -> None:
         super().__init__()
         self.patch = tuple(patch)
-        convolution = nn.Conv3d if len(self.patch) == 3 else nn.Conv2d
+        convolution: Any = nn.Conv3d if len(self.patch) == 3 else nn.Conv2d
         self.projection = convolution(3, width, self.patch, self.patch)
         self.norm = MaskedLayerNorm(width)
 
@@ -96,7 +96,8 @@ class WindowAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, window: Triple, shifted: bool, bias_index: BiasIndex) -> None:
         super().__init__()
-        self.heads, self.window, self.shifted, self.bias_index = heads, window, shifted, bias_index
+        self.heads, self.window, self.shifted = heads, window, shifted
+        self.bias_index: BiasIndex = bias_index
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
@@ -221,6 +222,7 @@ class VideoSwin(nn.Module):
         self.stage = nn.ModuleList(Stage(config, i, bias_index, activation_checkpointing) for i in range(4))
         self.norm = nn.LayerNorm(config.widths[-1])
         self.apply(initialiser(initialisation))
+        self.register_load_state_dict_pre_hook(_take_encoder_of_a_model)
 
     def stages(
         self,
@@ -228,7 +230,7 @@ class VideoSwin(nn.Module):
         mask: Bool[Tensor, "B t gh gw"] | None = None,
         mask_token: Tensor | None = None,
     ) -> list[Float[Tensor, "B t _h _w _C"]]:
-        """Clips to [F1, F2, F3, F4]: the raw residual stream after the last block of each stage, before any final norm."""
+        """Clips to [F1, F2, F3, F4]: the raw residual stream after each stage's last block, before any final norm."""
         if self.stem is None:
             raise ConfigError("this encoder was built for images only; name the stream 'clips' to give it a clip stem")
         return self.stages_of(self.stem(pixels, mask, mask_token))
@@ -236,12 +238,12 @@ class VideoSwin(nn.Module):
     def stages_of(
         self, tokens: Float[Tensor, "B t h w C"], image_attention: ImageAttention = "t1"
     ) -> list[Float[Tensor, "B t _h _w _C"]]:
-        """Tokens of either stem to [F1, F2, F3, F4]; "official" is the attention of the official image path (SPEC X3)."""
+        """Tokens of either stem to [F1, F2, F3, F4]; "official" attends as the official image path does (SPEC X3)."""
         features = []
         for stage in self.stage:
             tokens = stage(tokens, image_attention)
             features.append(tokens)
-            if stage.merging is not None:
+            if isinstance(stage.merging, PatchMerging):
                 tokens = stage.merging(tokens)
         return features
 
@@ -251,20 +253,26 @@ class VideoSwin(nn.Module):
 
 
 def initialiser(initialisation: Initialisation):
-    """What to `apply` to a module for SPEC 1.8; "fan_in" gives linear weights std 1/sqrt(inputs), which narrow models need."""
+    """What to `apply` to a module for SPEC 1.8; "fan_in" gives linear weights std 1/sqrt(inputs), for narrow models."""
 
     def initialise(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            std = 0.02 if initialisation == "normal" else module.in_features**-0.5
-            nn.init.trunc_normal_(module.weight, std=std) if initialisation == "normal" else nn.init.normal_(
-                module.weight, std=std
-            )
+            if initialisation == "normal":
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            else:
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, WindowAttention):
             nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
     return initialise
+
+
+def _take_encoder_of_a_model(_module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """An encoder on its own also loads from the names it has inside a model."""
+    for key in [key for key in state_dict if not prefix and key.startswith("encoder.")]:
+        state_dict[key.removeprefix("encoder.")] = state_dict.pop(key)
 
 
 def _pad(x: Tensor, sizes: Sequence[int], multiple: Sequence[int], channels_last: bool = True) -> Tensor:
@@ -277,7 +285,7 @@ def _pad(x: Tensor, sizes: Sequence[int], multiple: Sequence[int], channels_last
 
 
 def _window_and_shift(grid: Triple, window: Triple) -> tuple[Triple, Triple]:
-    """The used window and shift: an axis no longer than the window is one window and does not shift (SPEC 1.4, step 2)."""
+    """The used window and shift: an axis no longer than the window is one window, unshifted (SPEC 1.4, step 2)."""
     used = [min(length, size) for length, size in zip(grid, window)]
     shift = [size // 2 if length > size else 0 for length, size in zip(grid, window)]
     return (used[0], used[1], used[2]), (shift[0], shift[1], shift[2])

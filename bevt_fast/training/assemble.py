@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -88,3 +88,39 @@ def fingerprint(source: Source) -> dict[str, str | int]:
     for path in source.paths:
         digest.update(path.encode() + b"\n")
     return {"files": len(source), "sha256": digest.hexdigest()}
+
+
+def build_objective(config: Config, vocab_size: int, initialise: bool = True) -> JointObjective:
+    """The model the configuration describes, and what it is asked; from `model.weights` if named and `initialise`."""
+    section = config.model
+    model = Bevt(
+        VideoSwinConfig.of(section),
+        vocab_size,
+        image_attention=section.image_attention,
+        bias_index=section.bias_index,
+        streams=tuple(streams(config)),
+        initialisation=section.initialisation,
+        activation_checkpointing=section.activation_checkpointing,
+    )
+    if section.weights and initialise:
+        log.info("%s", initial_weights(model, section.weights))
+    weights = {name: stream.weight for name, stream in streams(config).items()}
+    return JointObjective(model, weights.get("images", 1.0), weights.get("clips", 1.0))
+
+
+def initial_weights(model: Bevt, path: str) -> str:
+    """Start from a checkpoint file, a `step_XXXXXXXX` directory or the output of a run; returns what was taken and what not."""
+    place = Path(path)
+    if (place / "checkpoints").is_dir():
+        found = checkpoint.commits(place / "checkpoints")
+        if not found:
+            raise CheckpointError(f"model.weights: {path} holds no checkpoint yet; train it first, or name a weights file")
+        place = found[-1]
+    if place.is_dir():
+        place = place / "model.safetensors"
+    if not place.is_file():
+        raise CheckpointError(
+            f"model.weights: {path} is not there; train stage one (configs/image.json) first, name a weights file, or drop "
+            "the key (--set model.weights=null) to start from random weights"
+        )
+    return f"initial weights from {place}: {official.initialise(model, official.read(place), model.config)}"

@@ -30,19 +30,16 @@ class ClippedAdamW(torch.optim.AdamW):
     clipping would turn one NaN into NaN weights. `overflow` and `_global_grad_norm` are the names DeepSpeed reads.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], max_norm: float | None, **options: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], max_norm: float, **options: Any) -> None:
         super().__init__(groups, **options)
-        self.max_norm = max_norm
+        self.max_norm = max_norm or math.inf
         self.overflow = False
-        if max_norm is not None:
-            self._global_grad_norm = 0.0
+        self._global_grad_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if self.max_norm is None:
-            return super().step(closure)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self._global_grad_norm = float(norm)
         self.overflow = not math.isfinite(self._global_grad_norm)
         return None if self.overflow else super().step(closure)
@@ -66,6 +63,7 @@ class Engine:
         _quiet_deepspeed(deepspeed)
         section = deepspeed_config(config, world.size)
         section.setdefault("zero_optimization", {}).setdefault("stage", 1)
+        self.world = world
         self.stage = int(section["zero_optimization"]["stage"])
         self.dtype = DTYPES[config.train.precision]
         self._alone = self.stage == 0 and self.dtype == torch.float32
@@ -74,13 +72,17 @@ class Engine:
         if config.train.precision == "bf16":
             section["bf16"].setdefault("check_grad_overflow", True)  # off by default in some releases: NaN moments
         section.setdefault("steps_per_print", 2**62)
-        optimizer = ClippedAdamW(
-            parameter_groups(objective, config.optim),
-            config.optim.grad_clip if self._alone else None,
-            lr=0.0,  # DeepSpeed may take a trial step to allocate its state; at rate 0 that changes no weight
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=world.device.type == "cuda" or None,
+        options: dict[str, Any] = {
+            "lr": 0.0,  # DeepSpeed may take a trial step to allocate its state; at rate 0 that changes no weight
+            "betas": config.optim.betas,
+            "eps": config.optim.eps,
+            "fused": world.device.type == "cuda" or None,
+        }
+        groups = parameter_groups(objective, config.optim)
+        optimizer = (
+            ClippedAdamW(groups, config.optim.grad_clip, **options)
+            if self._alone
+            else torch.optim.AdamW(groups, **options)
         )
         try:
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -91,6 +93,7 @@ class Engine:
                 f"DeepSpeed refuses the configuration: {str(error).strip() or type(error).__name__}"
             ) from error
         self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._allocate_moments()
         self._set_adam_step(0)
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -128,8 +131,6 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         if norm is None or not self.step_applied:
             return math.nan
-        if self.stage == 0 and self.dtype != torch.float32:  # that wrapper reports the norm of the scaled loss
-            return float(norm) / float(self._scaler().cur_scale)
         return float(norm)
 
     # -- the state, by parameter name ----------------------------------------------------------------------------------
@@ -144,7 +145,6 @@ class Engine:
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Every moment of AdamW, named `parameter.exp_avg`, whole, float32, on the CPU. Collective."""
-        self._allocate_moments()
         for name, parameter in self._named():
             for moment in MOMENTS:
                 yield f"{name}.{moment}", self._read(name, parameter, moment)
@@ -152,7 +152,6 @@ class Engine:
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """Take over the state that `weights` and `moments` gave. The module itself must have been loaded before the engine
         was made (it is partitioned now); this sets the float32 copies that a low-precision module is rounded from."""
-        self._allocate_moments()
         for name, parameter in self._named():
             self._write(name, parameter, weights[name], None)
             for moment in MOMENTS:
@@ -168,7 +167,6 @@ class Engine:
         }
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        self._allocate_moments()
         self._set_adam_step(scalars["adam_step"])
         scaler = self._scaler()
         for key, value in scalars["loss_scaler"].items():
@@ -191,7 +189,8 @@ class Engine:
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
     def _allocate_moments(self) -> None:
-        """AdamW allocates its moments in its first step; a checkpoint may be read or written before that."""
+        """AdamW allocates its moments in its first step; a checkpoint may be read before that. It is also too late for ZeRO
+        1 and 2, which step one group after the other and look for the moments of all groups after the first."""
         for tensor in self._flat_parameters():
             state = self.inner.state[tensor]
             if "exp_avg" not in state:
@@ -223,7 +222,7 @@ class Engine:
         return value.detach().to("cpu", torch.float32, copy=True)
 
     def _write(self, name: str, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
         value = value.to(parameter.device)
         if self.stage == 0:
@@ -231,10 +230,19 @@ class Engine:
             target = master if moment is None else self.inner.state[master][moment]
             with torch.no_grad():
                 target.copy_(value)
+        elif self.stage == 3:
+            size = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
+            # the last process's piece is padded with zeros, which the whole value does not have
+            whole = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+            piece = whole[size * self.world.rank : size * (self.world.rank + 1)]
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, piece)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, piece, moment)
         elif moment is None:
-            safe_set_full_fp32_param(parameter, value)
+            utils.safe_set_full_fp32_param(parameter, value)
         else:
-            safe_set_full_optimizer_state(parameter, value, moment)
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
 
 
 def _quiet_deepspeed(deepspeed: Any) -> None:

@@ -53,6 +53,6 @@ def masked_embedding(
         same_outside = mask.shape[:-2] == tokens.shape[:-3]
         if not same_outside or tokens.shape[-3] % mask.shape[-2] or tokens.shape[-2] % mask.shape[-1]:
             raise ValueError(
-                f"masked_embedding: the mask {tuple(mask.shape)} does not divide the token grid {tuple(tokens.shape[:-1])}"
+                f"masked_embedding: the mask {tuple(mask.shape)} does not divide the tokens {tuple(tokens.shape[:-1])}"
             )
     return reference(tokens, mask, norm_weight, norm_bias, mask_token, eps)

@@ -1,9 +1,9 @@
 """3-D (shifted) window attention with relative position bias, as in Video Swin (Liu et al. 2021, sec. 3.2; SPEC 1.4).
 
-Legend: B clips, (t, h, w) token grid, nH heads of width d, nW windows of N = wt*wh*ww tokens. An image is a clip with t = 1.
+Legend: B clips, (t, h, w) token grid, nH heads of width d, nW windows of N = wt*wh*ww tokens. An image has t = 1.
 
 Everything that depends on geometry alone (which row of the bias table a pair of tokens reads, which pairs a shift must
-keep apart) is computed once per geometry and kept; what remains per call is roll, partition, two products and a softmax.
+keep apart) is computed once and kept; what remains per call is roll, partition, two products and a softmax.
 """
 
 from functools import lru_cache
@@ -29,7 +29,7 @@ def reference(
     bias_index: BiasIndex = "true",
 ) -> Tensor:
     """The specification of `window_attention`, in plain torch: any device, any floating dtype."""
-    batch, *grid, _, heads, width = qkv.shape
+    batch, *grid, _, _, width = qkv.shape
     used = used_window((grid[0], grid[1], grid[2]), window)
     mask_shift = shift if mask_shift is None else mask_shift
     precise = torch.promote_types(qkv.dtype, torch.float32)
@@ -71,7 +71,7 @@ def bias_rows(window: Triple, used: Triple, bias_index: BiasIndex, device: torch
 
 @lru_cache(maxsize=64)
 def shift_mask(grid: Triple, used: Triple, shift: Triple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """0 where two tokens of a window were neighbours before the roll, else -100: (nW, N, N). `grid` is the padded one."""
+    """0 where two tokens of a window were neighbours before the roll, else -100: (nW, N, N). The grid is padded."""
     with torch.inference_mode(False):
         labels = torch.zeros(1, *grid, 1, dtype=torch.long, device=device)
         for axis, (length, size, step) in enumerate(zip(grid, used, shift)):
