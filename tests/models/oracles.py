@@ -24,7 +24,7 @@ def torchvision_models():
         torch.library.register_fake = register
 
 
-def official_names(state_dict, clips=True):
+def official_names(state_dict, clips=True) -> dict[str, torch.Tensor]:
     """torchvision's swin names as the official ones: stages and mergings alternate in `features`."""
     renamed = {}
     for key, value in state_dict.items():

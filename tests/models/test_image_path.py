@@ -16,11 +16,9 @@ SHAPE = VideoSwinConfig(embed_dim=12, depths=(2, 2, 2, 2), heads=(1, 2, 3, 4), w
 
 @pytest.mark.parametrize("size", [(96, 96), (80, 120)], ids=str)
 def test_agrees_with_torchvision_swin_on_the_rows_of_temporal_offset_0(size):
-    models = torchvision_models()
+    swin = torchvision_models().swin_transformer
     model = randomise(Bevt(SHAPE, vocab_size=5, streams=("images", "clips")))
-    theirs = models.swin_transformer.SwinTransformer(
-        [4, 4], 12, [2, 2, 2, 2], [1, 2, 3, 4], [3, 3], num_classes=2
-    ).eval()
+    theirs = swin.SwinTransformer([4, 4], 12, [2, 2, 2, 2], [1, 2, 3, 4], [3, 3], num_classes=2).eval()
     plane = 5 * 5  # rows of one temporal offset
     ours = {name.removeprefix("backbone."): value for name, value in official.to_official(model.state_dict()).items()}
     weights = {}
