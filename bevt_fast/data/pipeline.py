@@ -1,8 +1,8 @@
 """The same views as `pipeline_reference.py`, decoded and cut by NVIDIA DALI. The only file that imports it.
 
 One graph for clips, one for images; what is random reaches it as numbers, so DALI draws nothing itself. It decodes to
-the same bits as `decode.py`. Its bicubic kernel is another (a = -0.5, OpenCV's is -0.75), so rescaled pictures differ by
-about half a grey level on average. A damaged file ends a DALI pipeline: it is built anew, and the batch goes one by one.
+the same bits as `decode.py`. Its bicubic kernel is another (a = -0.5, OpenCV has -0.75), so rescaled pictures differ by
+half a grey level on average. A damaged file ends a DALI pipeline: it is built anew, and the batch goes one by one.
 """
 
 import importlib.util
