@@ -24,7 +24,7 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Options(Section):
-    """`ratio` of the cells to hide (Table 8: 0.4 to 0.7 are 78, 98, 118, 137 of 196), in blocks of about `min_block` up."""
+    """`ratio` of the cells to hide (Table 8: 0.4 to 0.7, 78 to 137 of 196); `min_block`, the least area of a block."""
 
     ratio: Ratio = 0.5
     min_block: Positive = 16

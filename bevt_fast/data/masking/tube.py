@@ -12,7 +12,7 @@ from bevt_fast.data.masking import Masking, blockwise
 
 
 class Options(blockwise.ClipOptions):
-    """As blockwise, and `length`, the range of the tube's share of the clip (Table 8: 0.25-0.75, 0.5-1, 0.75-1, 1-1)."""
+    """As blockwise, and `length`, the range of its share of the clip (Table 8: 0.25-0.75, 0.5-1, 0.75-1, 1-1)."""
 
 
 def sample(

@@ -3,13 +3,21 @@
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bevt_fast.config import Part, open_part
+from bevt_fast.config import Part, Positive, Section, open_part
+from bevt_fast.errors import DataError
+
+CHECK_ALL, CHECK_SOME = (
+    20_000,
+    2_000,
+)  # files of a source that `preflight` looks for: all up to the first, else the second
 
 
 class Frames(NamedTuple):
@@ -18,6 +26,19 @@ class Frames(NamedTuple):
     count: int = 16
     stride: int = 8
     mode: Literal["interval", "uniform"] = "interval"
+
+
+class ClipOptions(Section):
+    """The options every source of clips has: how frames are drawn, and which videos are too short to use."""
+
+    frames: Positive = 16  # SPEC 5.3: 16 frames, 8 apart
+    stride: Positive = 8
+    mode: Literal["interval", "uniform"] = "interval"
+    min_frames: Positive = 2
+
+    def drawn(self) -> Frames:
+        """The three numbers of a clip together."""
+        return Frames(self.frames, self.stride, self.mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +77,39 @@ def build(part: Part) -> Source:
     """The source a configuration names. Raises ConfigError for a wrong name or option, DataError for unusable data."""
     module, options = open_part(__name__, part)
     return module.build(options)
+
+
+def preflight(source: Source, allowed_share: float = 0.0) -> int:
+    """Look for the files of a source before a run; returns how many of those looked for are missing.
+
+    All files of a source of up to 20,000 are looked for, 2,000 evenly spaced ones of a larger one. Raises DataError with
+    the count, the root and the first five if more than `allowed_share` of them are missing.
+    """
+    n = len(source)
+    indices = range(n) if n <= CHECK_ALL else [k * n // CHECK_SOME for k in range(CHECK_SOME)]
+    with ThreadPoolExecutor(16) as pool:  # on a network file system each answer takes its time
+        there = list(pool.map(_exists, (source.path(index) for index in indices)))
+    missing = [source.paths[index] for index, found in zip(indices, there) if not found]
+    if len(missing) > allowed_share * len(indices):
+        raise DataError(
+            f"{source.name}: {len(missing)} of {len(indices)} files looked for (of {n} listed) are not under "
+            f"{source.root}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; check the option 'root'"
+        )
+    return len(missing)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder we may not enter, a name too long
+        return False
+
+
+def fingerprint(source: Source) -> str:
+    """32 hex digits of what a source lists, wherever its root is: a resumed run sees with it that the data changed."""
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(f"{len(source)} {source.frames} {source.min_frames} {source.classes}".encode())
+    hasher.update("\n".join(source.paths).encode(errors="surrogateescape"))
+    for numbers in (source.labels, source.extents):
+        hasher.update(b"none" if numbers is None else np.ascontiguousarray(numbers, dtype="<i8").tobytes())
+    return hasher.hexdigest()
