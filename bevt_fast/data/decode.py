@@ -18,7 +18,7 @@ import av
 import av.container
 import av.logging
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from bevt_fast.data.containers import is_cut_short
@@ -26,6 +26,10 @@ from bevt_fast.data.containers import is_cut_short
 av.logging.set_level(av.logging.PANIC)  # FFmpeg's remarks on damaged files; what matters arrives as BadFile
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# chroma interpolated and sums rounded exactly, not FFmpeg's faster default: these are DALI's pixels too, bit for bit
+CONVERSION = (
+    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+)
 KINDS = ("missing", "empty", "unreadable", "no_video", "truncated", "too_short", "corrupt", "io")
 # reading again may help with these, and with no other fault
 PASSING_FAULTS = {"io"}
@@ -97,10 +101,10 @@ def read_frames(path: str | Path, indices: Sequence[int], extent: tuple[int, int
     return np.stack([pictures[extent[0] + i] for i in indices])
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image, from its header. Raises BadFile."""
+def probe_image(path: str | Path) -> Probe:
+    """An image from its header: one frame; `codec` is Pillow's name of the format. Raises BadFile."""
     with _faults(path, "unreadable"), Image.open(path) as image:
-        return image.height, image.width
+        return Probe(1, image.height, image.width, image.format or "", image.mode, 0)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -138,7 +142,7 @@ def _faults(path: str | Path, kind: str) -> Iterator[None]:
 def _whole(path: str | Path) -> Probe:
     if Path(path).is_dir():
         files = _image_files(Path(path))
-        return Probe(len(files), *image_size(files[0]), "images", "rgb24", 0)
+        return probe_image(files[0])._replace(frames=len(files), codec="images")
     return _index(path).probe
 
 
@@ -165,22 +169,22 @@ def _indexed(path: str, changed: int, size: int) -> _Index:
         raise BadFile("truncated", path, "the file ends before its container does")
     with _open(path) as container:
         stream = container.streams.video[0]
-        times, keys, shown, first = [], [], 0, None
+        times, keys, stored, first = [], [], 0, None
         for packet in container.demux(stream):
             if first is None:
                 with contextlib.suppress(
                     av.FFmpegError
                 ):  # leading pictures of a cut stream; none at all is caught below
                     first = next(iter(packet.decode()), None)
-            shown += bool(packet.size)
-            if packet.size and not packet.is_discard:  # an edit list hides packets that are only there to be decoded
+            stored += bool(packet.size)
+            if packet.size and not _is_hidden(packet, stream.codec_context.name):
                 times.append(packet.pts)
                 if packet.is_keyframe:
                     keys.append(packet.pts)
         if first is None:
             raise BadFile("corrupt", path, "no frame can be decoded")
-        if "mp4" in container.format.name and shown < stream.frames:
-            raise BadFile("truncated", path, f"{shown} of {stream.frames} frames are there")
+        if "mp4" in container.format.name and stored < stream.frames:
+            raise BadFile("truncated", path, f"{stored} of {stream.frames} frames are there")
         trusted = _times_are_trusted(container.format.name, stream.codec_context, times)
         codec, pixel_format = stream.codec_context.name, first.format.name
     height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
@@ -189,6 +193,11 @@ def _indexed(path: str, changed: int, size: int) -> _Index:
     if not trusted:
         return _Index(found, None, np.empty(0, np.int64))
     return _Index(found, np.sort(np.array(times, np.int64)), np.sort(np.array(keys, np.int64)))
+
+
+def _is_hidden(packet: av.Packet, codec: str) -> bool:
+    """Whether a packet is only there to be decoded: outside the edit list, or a hidden frame of VP8 (RFC 6386, 9.1)."""
+    return packet.is_discard or (codec == "vp8" and not bytes(packet)[0] >> 4 & 1)
 
 
 def _times_are_trusted(container: str, codec: "av.VideoCodecContext", times: list[int | None]) -> bool:
@@ -284,6 +293,6 @@ def _rgb(frame: "av.VideoFrame", reformatter: VideoReformatter) -> np.ndarray:
     """One frame as shown, (H, W, 3) uint8. `reformatter` keeps its conversion tables from frame to frame."""
     if frame.is_corrupt:
         raise ValueError("the decoder marks a frame as damaged")
-    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    picture = reformatter.reformat(frame, format="rgb24", interpolation=CONVERSION, threads=1).to_ndarray()
     turns = frame.rotation // 90 if frame.rotation % 90 == 0 else 0
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture

@@ -6,7 +6,7 @@ key, and a record of it travels with the batch.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import Dataset
 
 from bevt_fast.config import Config, Stream, View, accumulation
-from bevt_fast.data import decode, masking, pipeline_reference, sampling
-from bevt_fast.data.decode import BadFile
-from bevt_fast.data.sampling import Crop
+from bevt_fast.data import decode, masking, pipeline, pipeline_reference, sampling
+from bevt_fast.data.decode import BadFile, Probe
+from bevt_fast.data.pipeline import DaliViews, Job
+from bevt_fast.data.sampling import Crop, Place
 from bevt_fast.data.sources import Source
 from bevt_fast.errors import DataError, UserError
 
@@ -35,6 +36,14 @@ class Draw(NamedTuple):
     frames: list[int] | None
     crop: Crop
     mask: np.ndarray  # bool, (g, g) for an image, (t, g, g) for a clip; True = hidden
+
+
+class Sample(NamedTuple):
+    """One sample as the training process gets it: uint8 pictures, channels last, and the bool mask."""
+
+    pixels: np.ndarray  # ([T,] S, S, 3)
+    token_pixels: np.ndarray  # ([T,] S/2, S/2, 3)
+    mask: np.ndarray
 
 
 def draw(config: Config, stream: str, source: Source, epoch: int, index: int, heldout: bool = False) -> Draw:
@@ -62,10 +71,14 @@ class StreamReader(Dataset):
             self.key, self.seed, self.view = f"heldout {stream}", HELDOUT_SEED, _plain(section.view)
         self.masking = masking.build(section.mask)
         self.order = sampling.jitter_order(self.seed)
-        self.decoder = config.data.decoder
         self.accumulation = accumulation(config, world_size)
         self.split = {"world_size": world_size, "micro_batch": section.micro_batch, "accumulation": self.accumulation}
         self.rank = rank
+        self.dali: DaliViews | None = None
+        if config.data.decoder == "dali":
+            pipeline.require()
+            kind = "images" if source.frames is None else "clips"
+            self.dali = DaliViews(kind, self.view.size, section.micro_batch, self.order)
         self._bad: dict[int, BadFile] = {}  # files this process knows to be bad, by index
 
     def __getitem__(self, number: int) -> "dict[str, Any] | UserError":
@@ -74,23 +87,29 @@ class StreamReader(Dataset):
         places = [sampling.place(self.seed, self.key, position, len(self.source)) for position in positions]
         bad: list[dict[str, Any]] = []
         try:
-            samples = [self.sample(*place, bad) for place in places]
+            samples = self.read(places, bad)
         except UserError as error:
             return error
         pixels, token_pixels, masks = (torch.from_numpy(np.stack(column)) for column in zip(*samples))
         return {"pixels": pixels, "token_pixels": token_pixels, "mask": masks, "bad": bad}
 
-    def sample(self, epoch: int, index: int, bad: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels, token pixels and mask of one sample or of its substitute; adds to `bad` a record of each bad file."""
-        file = index
+    def read(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> list[Sample]:
+        """The samples at `places`, or their substitutes; adds to `bad` a record of each bad file."""
+        n = len(self.source)
+        files = [place.index for place in places]
+        samples: dict[int, Sample] = {}
         for attempt in range(MAX_SUBSTITUTES):
-            try:
-                drawn = self.draw(epoch, index, file)
-                return *self.views(drawn, file), drawn.mask
-            except BadFile as error:
-                other = sampling.substitute(self.seed, self.key, epoch, index, attempt, len(self.source))
-                bad.append(self.record(error, epoch, file, other))
-                file = other
+            left = [k for k in range(len(places)) if k not in samples]
+            if not left:
+                return [samples[k] for k in range(len(places))]
+            for k, outcome in zip(left, self._outcomes([(places[k], files[k]) for k in left])):
+                if not isinstance(outcome, BadFile):
+                    samples[k] = outcome
+                    continue
+                epoch, index = places[k]
+                other = sampling.substitute(self.seed, self.key, epoch, index, attempt, n)
+                bad.append(self.record(outcome, epoch, files[k], other))
+                files[k] = other
         raise DataError(
             f"{self.name}: {MAX_SUBSTITUTES} files in a row cannot be read, the last one {bad[-1]['path']} "
             f"({bad[-1]['kind']}: {bad[-1]['reason']}); check the files of the source {self.source.name!r}"
@@ -98,21 +117,41 @@ class StreamReader(Dataset):
 
     def draw(self, epoch: int, index: int, file: int) -> Draw:
         """The draw of slot `index` in pass `epoch`, to be read from `file`: `index` itself, or its substitute."""
+        found = self._probed(file)
         rng = sampling.random_for(self.seed, self.key, epoch, index, "view")
-        if self.source.frames is None:
-            height, width = self._probed(file)[1:3]
-            frames, steps = None, None
-        else:
-            total, height, width = self._probed(file)
-            frames = sampling.clip_frames(total, self.source.frames, rng)
+        frames, steps = None, None
+        if self.source.frames is not None:
+            frames = sampling.clip_frames(found.frames, self.source.frames, rng)
             steps = self.source.frames.count // 2
-        crop = sampling.draw_crop(height, width, self.view, rng)
+        crop = sampling.draw_crop(found.height, found.width, self.view, rng)
         grid = (self.view.size // CELL, self.view.size // CELL)
         mask = self.masking(grid, steps, sampling.random_for(self.seed, self.key, epoch, index, "mask"))
         return Draw(epoch, index, frames, crop, mask)
 
-    def views(self, drawn: Draw, file: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels and token pixels of a draw, read from `file`."""
+    def _outcomes(self, slots: Sequence[tuple[Place, int]]) -> list[Sample | BadFile]:
+        """For each slot, to be read from a file: its sample, or what is wrong with the file."""
+        draws = [_or_bad(self.draw, *place, file) for place, file in slots]
+        jobs: dict[int, Job] = {}  # what DALI reads, all at once
+        for k, (drawn, (_, file)) in enumerate(zip(draws, slots)):
+            if self.dali is not None and isinstance(drawn, Draw) and pipeline.takes(self._probed(file)):
+                jobs[k] = self._job(drawn, file)
+        views = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
+        outcomes: list[Sample | BadFile] = []
+        for k, (drawn, (_, file)) in enumerate(zip(draws, slots)):
+            if isinstance(drawn, BadFile):
+                outcomes.append(drawn)
+                continue
+            view = views[k] if k in views else _or_bad(self._views, drawn, file)
+            outcomes.append(view if isinstance(view, BadFile) else Sample(*view, drawn.mask))
+        return outcomes
+
+    def _job(self, drawn: Draw, file: int) -> Job:
+        first = self.source.extent(file)[0]
+        frames = None if drawn.frames is None else [first + frame for frame in drawn.frames]
+        return Job(self.source.path(file), frames, drawn.crop)
+
+    def _views(self, drawn: Draw, file: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels and token pixels of a draw, read from `file` without DALI."""
         path, token_size, wanted = self.source.path(file), self.view.size // 2, drawn.frames
         if wanted is None:
             image = self._remembering(file, lambda: decode.read_image(path))
@@ -126,15 +165,11 @@ class StreamReader(Dataset):
         fault = {"stream": self.name, "path": error.path, "kind": error.kind, "reason": error.reason}
         return fault | {"epoch": epoch, "index": file, "substitute": substitute}
 
-    def _probed(self, file: int) -> tuple[int, int, int]:
-        """Frames, height and width of a file."""
+    def _probed(self, file: int) -> Probe:
         path = self.source.path(file)
         if self.source.frames is None:
-            return 1, *self._remembering(file, lambda: decode.image_size(path))
-        found = self._remembering(
-            file, lambda: decode.probe(path, self.source.extent(file), max(self.source.min_frames, 1))
-        )
-        return found.frames, found.height, found.width
+            return self._remembering(file, lambda: decode.probe_image(path))
+        return self._remembering(file, lambda: decode.probe(path, self.source.extent(file), self.source.min_frames))
 
     def _remembering(self, file: int, read: Callable[[], Read]) -> Read:
         """`read()`, or the BadFile it raised last time.
@@ -155,6 +190,13 @@ class StreamReader(Dataset):
 def _plain(view: View) -> View:
     """The view without augmentation: no flip, no jitter, the smallest scale; the place of the crop is still drawn."""
     return View(size=view.size, short_side=(view.short_side[0], view.short_side[0]), flip=0.0, colour_jitter=0.0)
+
+
+def _or_bad(read: Callable[..., Read], *arguments: Any) -> Read | BadFile:
+    try:
+        return read(*arguments)
+    except BadFile as error:
+        return error
 
 
 def _twice(read: Callable[[], Read]) -> Read:
