@@ -12,7 +12,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
     sys.path[:1] = [str(root), str(root / "kernels")]
 
 from bevt_fast.config import Config, command_line, load
-from bevt_fast.errors import UserError
+from bevt_fast.errors import EXIT_SIGINT, UserError
 
 if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
     try:
@@ -86,4 +86,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except KeyboardInterrupt:  # before the first step; afterwards the run saves and returns the code itself
+        code = EXIT_SIGINT
     sys.exit(code)

@@ -96,7 +96,8 @@ def fit(
     if height % CELL or width % CELL:
         raise ValueError(f"views of {height} x {width} pixels are not made of {CELL}-pixel cells")
     total = n * (height // CELL) * (width // CELL)
-    rows = functional.unfold(views, CELL, stride=CELL).transpose(1, 2).reshape(total, -1)  # (cells, 192)
+    blocks = views.view(n, 3, height // CELL, CELL, width // CELL, CELL)
+    rows = blocks.permute(0, 2, 4, 1, 3, 5).reshape(total, -1)  # (cells, 192)
     if total > cells:
         rows = rows[sorted(rng.sample(range(total), cells))]
     start = _start(rows, vocab_size, rng)

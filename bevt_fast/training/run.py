@@ -37,7 +37,6 @@ class Run:
         self.output = Path(config.output)
         self.accumulation = configuration.accumulation(config, world.size)
         self.sources = {name: open_source(stream) for name, stream in streams(config).items()}
-        self.stop = StopSignal()
         self._lock = prepare_output(self.output, resume, world)
         found = find_checkpoint(self.output, resume, world)
         self.tokenizer = open_tokenizer(config, self.sources, world)
@@ -77,6 +76,7 @@ class Run:
         if world.is_main:
             (self.output / "config.json").write_text(self.resolved_config())
             log.info("%s", self.describe())
+        self.stop = StopSignal()  # last: until here there is nothing to save, and a signal ends the program at once
 
     # -- the loop's questions ------------------------------------------------------------------------------------------
 
