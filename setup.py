@@ -14,7 +14,7 @@ train = [
 ]  # fmt: skip
 dali = ["nvidia-dali-cuda130>=2.4"]
 gpu = [*dali, "xformers>=0.0.35"]
-test = ["dall-e==0.1", "monai", "pyright", "pytest", "pytest-timeout", "ruff", "torchvision>=0.28"]
+test = ["attrs", "dall-e==0.1", "monai", "pyright", "pytest", "pytest-timeout", "ruff", "torchvision>=0.28"]
 
 setup(
     name="bevt_fast",

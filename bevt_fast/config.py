@@ -50,7 +50,9 @@ class View(Section):
     def _crop_fits(self) -> "View":
         low, high = self.short_side
         if not self.size <= low <= high:
-            raise ValueError(f"short_side must be a range [low, high] with size {self.size} <= low <= high, got {low}, {high}")
+            raise ValueError(
+                f"short_side must be a range [low, high] with size {self.size} <= low <= high, got {low}, {high}"
+            )
         if self.size % 16:
             raise ValueError(f"size {self.size} is not a multiple of 16, the side of a mask cell")
         return self
@@ -102,6 +104,7 @@ class Optim(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     warmup_start: Share = 0.1
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    decay_biases: bool = True  # SPEC 5.2: only norms and bias tables are spared; BEiT spares biases too
 
     @model_validator(mode="after")
     def _one_warmup(self) -> "Optim":
@@ -116,7 +119,9 @@ class Train(Section):
     epochs: Positive | None = None
     steps: Positive | None = None  # wins over epochs
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    loss_mean: Literal["rank", "global"] = "rank"  # SPEC 4 (X9): mean per micro-batch as official, or over all hidden positions
+    loss_mean: Literal["rank", "global"] = (
+        "rank"  # SPEC 4 (X9): mean per micro-batch as official, or over all hidden positions
+    )
     log_every: Positive = 10
     save_every: Positive = 1000
     keep_checkpoints: Positive = 2
@@ -199,9 +204,13 @@ def accumulation(config: Config, world_size: int) -> int:
         if stream is None:
             continue
         count, rest = divmod(stream.batch, stream.micro_batch * world_size)
-        equation = f"{name}.batch / ({name}.micro_batch * processes) = {stream.batch} / ({stream.micro_batch} * {world_size})"
+        equation = (
+            f"{name}.batch / ({name}.micro_batch * processes) = {stream.batch} / ({stream.micro_batch} * {world_size})"
+        )
         if rest or not count:
-            raise ConfigError(f"{equation} = {stream.batch / (stream.micro_batch * world_size):g} must be a whole number of micro-batches")
+            raise ConfigError(
+                f"{equation} = {stream.batch / (stream.micro_batch * world_size):g} must be a whole number of micro-batches"
+            )
         counts[equation] = count
     if len(set(counts.values())) > 1:
         equations = "; ".join(f"{equation} = {count}" for equation, count in counts.items())
@@ -277,9 +286,20 @@ def command_line(argv: typing.Sequence[str] | None = None, description: str = "P
     """The options every training program has. Exits with 2 and a sentence on a wrong option, as argparse does."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as a JSON file (configs/*.json)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optim.lr=1e-4; repeatable")
-    parser.add_argument("--resume", default="none", metavar="auto|none|DIR", help="continue from the newest valid checkpoint, or from one")
-    parser.add_argument("--dry-run", action="store_true", help="print shapes, parameters, memory, FLOPs and the first batch; train nothing")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. optim.lr=1e-4; repeatable"
+    )
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|DIR",
+        help="continue from the newest valid checkpoint, or from one",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print shapes, parameters, memory, FLOPs and the first batch; train nothing",
+    )
     parser.add_argument("--version", action="version", version=f"bevt_fast {__version__}")
     # the launchers append these; the environment variable LOCAL_RANK is what counts
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)

@@ -1,28 +1,48 @@
-"""Open room: one dataset per file. A source says which files there are, their labels, and how frames are drawn from them.
+"""Open room: one dataset per file. A source says which files there are, their labels, and how frames are drawn.
 
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bevt_fast.config import Part, open_part
+from bevt_fast.config import Part, Positive, Section, open_part
+from bevt_fast.errors import DataError
+
+CHECK_ALL, CHECK_SOME = (
+    20_000,
+    2_000,
+)  # files of a source that `preflight` looks for: all up to the first, else the second
 
 
 class Frames(NamedTuple):
-    """How a clip is drawn from a video (SPEC 6.7): `count` frames, `stride` apart, or one from each of `count` segments."""
+    """How a clip is drawn (SPEC 6.7): `count` frames, `stride` apart, or one from each of `count` segments."""
 
     count: int = 16
     stride: int = 8
     mode: Literal["interval", "uniform"] = "interval"
 
 
+class ClipOptions(Section):
+    """The options every source of clips has: how frames are drawn, and which videos are too short to use."""
+
+    frames: Positive = 16  # SPEC 5.3: 16 frames, 8 apart
+    stride: Positive = 8
+    mode: Literal["interval", "uniform"] = "interval"
+    min_frames: Positive = 2
+
+    def drawn(self) -> Frames:
+        """The three numbers of a clip together."""
+        return Frames(self.frames, self.stride, self.mode)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A list of files. `paths` are relative to `root` (or absolute); lists stay flat so that a million lines are cheap."""
+    """A list of files. `paths` are relative to `root` (or absolute); flat, so that a million lines are cheap."""
 
     name: str
     root: Path
@@ -30,8 +50,12 @@ class Source:
     labels: np.ndarray | None = None  # (n,) int64
     classes: list[str] | None = None  # class names, by label
     frames: Frames | None = None  # None: the files are images
-    extents: np.ndarray | None = None  # (n, 2) int64: first frame, number of frames (-1: to the end); for lists that say so
-    min_frames: int = 2  # a video with fewer frames (one tubelet) is quarantined; a longer one is looped as SPEC 6.7 says
+    extents: np.ndarray | None = (
+        None  # (n, 2) int64: first frame, number of frames (-1: to the end); for lists that say so
+    )
+    min_frames: int = (
+        2  # a video with fewer frames (one tubelet) is quarantined; a longer one is looped as SPEC 6.7 says
+    )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,3 +76,29 @@ def build(part: Part) -> Source:
     """The source a configuration names. Raises ConfigError for a wrong name or option, DataError for unusable data."""
     module, options = open_part(__name__, part)
     return module.build(options)
+
+
+def preflight(source: Source, allowed_share: float = 0.0) -> int:
+    """Look for the files of a source before a run; returns how many of those looked for are missing.
+
+    All files of a source of up to 20,000 are looked for, 2,000 evenly spaced ones of a larger one. Raises DataError
+    with the count, the root and the first five if more than `allowed_share` of them are missing.
+    """
+    n = len(source)
+    indices = range(n) if n <= CHECK_ALL else [k * n // CHECK_SOME for k in range(CHECK_SOME)]
+    with ThreadPoolExecutor(16) as pool:  # on a network file system each answer takes its time
+        there = list(pool.map(_exists, (source.path(index) for index in indices)))
+    missing = [source.paths[index] for index, found in zip(indices, there) if not found]
+    if len(missing) > allowed_share * len(indices):
+        raise DataError(
+            f"{source.name}: {len(missing)} of {len(indices)} files looked for (of {n} listed) are not under "
+            f"{source.root}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; check the option 'root'"
+        )
+    return len(missing)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder we may not enter, a name too long
+        return False

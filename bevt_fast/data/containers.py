@@ -1,0 +1,57 @@
+"""How long a video file says it is: FFmpeg reads a file that was cut off as a shorter video, its headers tell."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska / WebM
+
+
+def is_cut_short(path: str | Path) -> bool:
+    """Whether an mp4/mov, WebM/Matroska or avi file ends before the size in its own headers. False if there is none."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(64)
+        if head[:4] == b"RIFF":
+            # an interrupted recording leaves 0 or all ones
+            declared = int.from_bytes(head[4:8], "little")
+            return declared != 0xFFFFFFFF and declared + 8 > size
+        if head[:4] == EBML:
+            return _segment_end(head) > size
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+            return any(kind in (b"moov", b"mdat", b"moof") and end > size for kind, end in _boxes(file, size))
+    return False
+
+
+def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """The outer boxes of an mp4 file: kind, and where it ends (ISO 14496-12, 4.2)."""
+    start = 0
+    while start + 8 <= size:
+        file.seek(start)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if length < 8:  # 0 means up to the end of the file; anything else is no box
+            return
+        start += length
+        yield head[4:8], start
+
+
+def _segment_end(head: bytes) -> int:
+    """Where the Segment, which holds everything, ends; 0 if it does not say (RFC 8794, 4 and 6)."""
+    after, header = _number(head, 4)
+    if header is None or head[after + header : after + header + 4] != SEGMENT:
+        return 0
+    start, length = _number(head, after + header + 4)
+    return 0 if length is None else start + length
+
+
+def _number(head: bytes, at: int) -> tuple[int, int | None]:
+    """A variable-length number: where it ends, and its value; None where all its bits are ones, which means unknown."""
+    first = head[at] if at < len(head) else 0
+    length = 9 - first.bit_length()
+    bits = (1 << 7 * length) - 1
+    value = int.from_bytes(head[at : at + length], "big") & bits
+    return at + length, None if not first or value == bits else value

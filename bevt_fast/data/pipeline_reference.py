@@ -1,0 +1,100 @@
+"""From a decoded picture to what the encoder and the tokenizer see (SPEC 3.2 and 5.3), in NumPy and OpenCV.
+
+This is the specification of `pipeline.py`. Workers hand out bytes (`clip_views`, `image_views`); the training device
+turns them into numbers (`normalise`, `map_pixels`). Every parameter arrives in a Crop: nothing here is random.
+"""
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from bevt_fast.data.sampling import Crop
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # SPEC 5.3, of RGB in 0..255
+GREY = np.array((0.2989, 0.587, 0.114), np.float32)  # SPEC 5.3
+# OpenCV's 8-tap Lanczos half-way between two pixels, in 1/2048: where each pixel of an exactly halved picture falls
+HALF_LANCZOS = (-26, 122, -340, 1267, 1267, -340, 122, -26)
+
+
+def clip_views(frames: np.ndarray, crop: Crop, token_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (T, H, W, 3) uint8 -> pixels (T, S, S, 3) and token_pixels (T, s, s, 3), uint8; one crop for all."""
+    pixels = np.stack([_cropped(_resized(frame, crop.height, crop.width), crop) for frame in frames])
+    return pixels, np.stack([token_view(picture, token_size) for picture in pixels])
+
+
+def image_views(
+    image: np.ndarray, crop: Crop, token_size: int, order: tuple[int, int, int] = (0, 1, 2)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8 -> pixels (S, S, 3) and token_pixels (s, s, 3), uint8, jittered as `crop.jitter` says.
+
+    `order` is the order of brightness (0), contrast (1) and saturation (2). The tokens describe the jittered picture.
+    """
+    resized = _resized(image, crop.height, crop.width)
+    if crop.jitter is not None:
+        resized = jitter(resized, crop.jitter, order)
+    pixels = _cropped(resized, crop)
+    return pixels, token_view(pixels, token_size)
+
+
+def jitter(picture: np.ndarray, factors: tuple[float, float, float], order: tuple[int, int, int]) -> np.ndarray:
+    """Brightness, contrast and saturation times `factors`, in `order`; float32 between, then 0..255 and truncated.
+
+    Contrast moves away from the mean grey of the whole picture, saturation from each pixel's own grey (SPEC 5.3).
+    """
+    values = picture.astype(np.float32)
+    for step in order:
+        factor = np.float32(factors[step])
+        if step == 0:
+            values = values * factor
+        elif step == 1:
+            # the grey of the mean colour is the mean grey, in one pass over the picture
+            values = values * factor + (1 - factor) * np.float32(values.mean(axis=(0, 1), dtype=np.float64) @ GREY)
+        else:
+            values = values * factor + (1 - factor) * (values @ GREY)[..., None]
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def token_view(picture: np.ndarray, token_size: int) -> np.ndarray:
+    """The tokenizer's copy of a crop (S, S, 3): OpenCV's Lanczos, without antialiasing, uint8 to uint8 (SPEC 3.2)."""
+    return cv2.resize(picture, (token_size, token_size), interpolation=cv2.INTER_LANCZOS4)
+
+
+def half_token_view(pixels: UInt8[Tensor, "... S S 3"]) -> UInt8[Tensor, "... half half 3"]:
+    """`token_view` at exactly half the size, for a whole batch on any device. The same bits: OpenCV's own integers.
+
+    The taps' positive part is 2778 and their negative part 732, so sums stay below 255 * (2778² + 732²) < 2**31.
+    """
+    values = pixels.to(torch.int32).movedim(-1, -3)
+    for _ in range(2):  # each pass halves the last axis and swaps the two
+        side = values.shape[-1]
+        first, last = values[..., :1], values[..., -1:]
+        padded = torch.cat([first] * 3 + [values] + [last] * 4, dim=-1)
+        taps = padded.unfold(-1, 8, 2)[..., : side // 2, :]
+        values = (taps * taps.new_tensor(HALF_LANCZOS)).sum(-1, dtype=torch.int32).transpose(-1, -2)
+    values = values.movedim(-3, -1)
+    return ((values + (1 << 21)) >> 22).clamp(0, 255).to(torch.uint8)
+
+
+def normalise(pixels: UInt8[Tensor, "... H W 3"]) -> Float[Tensor, "... 3 H W"]:
+    """What the encoder sees: RGB minus the mean, over the deviation, channels first (SPEC 5.3)."""
+    mean, std = pixels.new_tensor(MEAN, dtype=torch.float32), pixels.new_tensor(STD, dtype=torch.float32)
+    return ((pixels.float() - mean) / std).movedim(-1, -3)
+
+
+def map_pixels(pixels: UInt8[Tensor, "... H W 3"]) -> Float[Tensor, "... 3 H W"]:
+    """What the tokenizer sees: 0..255 moved into [0.1, 0.9], channels first (SPEC 3.2)."""
+    return (0.8 * (pixels.float() / 255) + 0.1).movedim(-1, -3)
+
+
+def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """OpenCV's bicubic, which does not antialias (SPEC 5.3)."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _cropped(picture: np.ndarray, crop: Crop) -> np.ndarray:
+    window = picture[crop.top : crop.top + crop.size, crop.left : crop.left + crop.size]
+    return np.ascontiguousarray(window[:, ::-1] if crop.flip else window)

@@ -1,0 +1,89 @@
+"""Pretrain BEVT: `deepspeed bevt_fast/train.py --config configs/joint.json`, or torchrun, srun, or plain python.
+
+Image-only, clip-only and joint pretraining are configurations of this one text: a stream that the configuration leaves out
+is None and adds nothing to the loss.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: look from the repository root and kernels/, not from bevt_fast/
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(root), str(root / "kernels")]
+
+from bevt_fast.config import Config, command_line, load
+from bevt_fast.errors import UserError
+
+if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
+    try:
+        ARGUMENTS = command_line()
+        CONFIG = load(ARGUMENTS.config, ARGUMENTS.set)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from bevt_fast.data.batch import JointBatch, Losses, Targets
+from bevt_fast.training.run import Run, build
+
+if TYPE_CHECKING:
+    from bevt_fast.tokenizers import Tokenizer
+    from bevt_fast.training.engine import Engine
+
+
+def joint_step(
+    engine: "Engine", tokenizer: "Tokenizer", batch: JointBatch, hidden: tuple[float, float] | None = None
+) -> Losses:
+    """One micro-batch: name every cell, predict the hidden ones in both streams, one backward through the shared encoder.
+
+    `hidden` is given for `train.loss_mean` "global" only: hidden images' and clips' positions per micro-batch of the step.
+    """
+    with torch.no_grad():
+        images, clips = (tokenizer(stream.token_pixels) if stream else None for stream in batch)
+    losses = engine(batch, Targets(images, clips), hidden)
+    engine.backward(losses.total)
+    engine.step()  # DeepSpeed changes the weights on the last micro-batch of a step, and only then
+    return Losses(*(value.detach() for value in losses))
+
+
+def train(run: Run) -> int:
+    """Train to the last step, or until somebody asks to stop. Returns the exit code."""
+    for step in range(run.first_step, run.last_step):
+        run.engine.set_learning_rate(run.learning_rate(step))
+        losses = [joint_step(run.engine, run.tokenizer, batch, hidden) for batch, hidden in run.micro_batches(step)]
+        run.check(step, losses)
+        if run.is_logged(step):
+            run.log(step, losses)  # reading a loss waits for the GPU, so it happens here and nowhere else
+        stop = run.must_stop()
+        if run.is_saved(step) or stop:
+            run.save(step + 1)
+        if stop:
+            return stop
+    run.finish()
+    return 0
+
+
+def main(config: Config, resume: str = "none", dry_run: bool = False) -> int:
+    """Build the run, or only describe it; returns the exit code."""
+    if dry_run:
+        from bevt_fast.training.dry_run import describe
+
+        print(describe(config))
+        return 0
+    run = build(config, resume)
+    try:
+        return train(run)
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    try:
+        code = main(CONFIG, ARGUMENTS.resume, ARGUMENTS.dry_run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    sys.exit(code)
