@@ -1,7 +1,7 @@
 """Pretrain BEVT: `deepspeed bevt_fast/train.py --config configs/joint.json`, or torchrun, srun, or plain python.
 
-Image-only, clip-only and joint pretraining are configurations of this one text: a stream that the configuration leaves out
-is None and adds nothing to the loss.
+Image-only, clip-only and joint pretraining are configurations of this one text: a stream that the configuration
+leaves out is None and adds nothing to the loss.
 """
 
 import sys
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 def joint_step(
     engine: "Engine", tokenizer: "Tokenizer", batch: JointBatch, hidden: tuple[float, float] | None = None
 ) -> Losses:
-    """One micro-batch: name every cell, predict the hidden ones in both streams, one backward through the shared encoder.
+    """One micro-batch: name every cell, predict the hidden ones of both streams, one backward through the encoder.
 
-    `hidden` is given for `train.loss_mean` "global" only: hidden images' and clips' positions per micro-batch of the step.
+    `hidden` is given for `train.loss_mean` "global" only: hidden images' and clips' positions per micro-batch of the
+    step.
     """
     with torch.no_grad():
         images, clips = (tokenizer(stream.token_pixels) if stream else None for stream in batch)

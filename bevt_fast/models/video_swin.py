@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from bevt_kernels import masked_embedding, window_attention
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bevt_fast.config import Model
 from bevt_fast.errors import ConfigError
+from bevt_kernels import masked_embedding, window_attention
 
 BiasIndex = Literal["true", "official"]
 ImageAttention = Literal["t1", "official"]

@@ -12,7 +12,9 @@ from bevt_fast.training.assemble import check_parts, open_source, streams
 
 
 def describe(config: Config) -> str:
-    """Shapes, parameters, memory and FLOPs, then the first batch from the real files. Raises what the run itself would."""
+    """Shapes, parameters, memory and FLOPs, then the first batch from the real files. Raises what the run itself
+    would.
+    """
     world_size = distributed.world_size_from_environment()
     accumulation(config, world_size)
     check_parts(config)
@@ -56,4 +58,5 @@ def tokens(config: Config, batch: JointBatch) -> str:
         raise error
     sample = next(stream.token_pixels[:1] for stream in batch if stream)
     ids = tokenizer(sample)
-    return f"tokenizer {config.tokenizer.name}: {tokenizer.vocab_size} ids; {ids.unique().numel()} of them in the first sample"
+    used = ids.unique().numel()
+    return f"tokenizer {config.tokenizer.name}: {tokenizer.vocab_size} ids; {used} of them in the first sample"

@@ -15,7 +15,9 @@ log = logging.getLogger("bevt_fast")
 
 
 def prepare_output(output: Path, resume: str, world: World) -> IO | None:
-    """Make, test and lock the output directory; a fresh start moves an earlier run aside. Returns the lock on the first process."""
+    """Make, test and lock the output directory; a fresh start moves an earlier run aside. Returns the lock on the
+    first process.
+    """
     failure: str | None = None
     lock = None
     if world.is_main:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bevt_kernels import masked_cross_entropy
 from torch import nn
+
+from bevt_kernels import masked_cross_entropy
 
 
 def _case(dtype=torch.float64):

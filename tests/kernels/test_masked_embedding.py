@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bevt_kernels import masked_embedding
 
 

@@ -4,9 +4,9 @@ from math import prod
 
 import pytest
 import torch
+
 from bevt_kernels import window_attention
 from bevt_kernels.window_attention import bias_rows, shift_mask
-
 from tests.kernels.brute_force import attention
 
 CASES = {
