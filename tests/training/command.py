@@ -50,9 +50,6 @@ def train_here(*arguments: str | Path) -> int:
     threads, path = torch.get_num_threads(), list(sys.path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     level = logging.getLogger().level
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.stream = sys.stdout  # the one of its first import is closed when that test is over
     try:
         with mock.patch.object(sys, "argv", [str(TRAIN), *map(str, arguments)]):
             runpy.run_path(str(TRAIN), run_name="__main__")
@@ -74,6 +71,9 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
     if "deepspeed" not in sys.modules:
         return
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if type(handler) is logging.StreamHandler:  # and not one of pytest's
+            handler.stream = sys.__stdout__  # the one of its first import may be a test's, which ends with the test
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
