@@ -88,7 +88,8 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
             if not ending:
                 patch.setattr(Run, "finish", lambda run: run.save(run.last_step))
             code = train_here("--config", config, *arguments)
-        return Finished(code, *capsys.readouterr())
+        out, error = capsys.readouterr()
+        return Finished(code, str(out), str(error))
 
     return start
 

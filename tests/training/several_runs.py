@@ -13,7 +13,7 @@ from bevt_fast.training.run import Run
 from tests.training.command import train_here
 
 if __name__ == "__main__":
-    Run.finish = lambda run: run.save(run.last_step)
+    Run.finish = lambda self: self.save(self.last_step)
     for argument in sys.argv[1:]:
         config, _, os.environ["MASTER_PORT"] = argument.partition("=")
         code = train_here("--config", config, "--resume", "auto")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -139,7 +140,7 @@ def test_the_global_mean_is_over_all_hidden_positions(settings, monkeypatch) -> 
         run = build(config)
         try:
             sums, counts, totals, micro = torch.zeros(2), torch.zeros(2), [], []
-            model = run.engine.objective.model
+            model: Any = run.engine.objective.model
             for batch, hidden in run.micro_batches(0):
                 targets = targets_of(run, batch)
                 totals.append(float(run.engine(batch, targets, hidden).total.detach()))
