@@ -207,7 +207,7 @@ def test_a_damaged_frame_is_corrupt_and_the_others_are_not(name, packet, wanted,
 
 
 def test_flipped_bits_of_h264_are_noticed(tmp_path):
-    """Left to itself FFmpeg conceals most of them. Some leave a valid stream, so not all can be noticed; most must be."""
+    """Left to itself FFmpeg conceals most of them. Some leave a valid stream, so not all can be noticed."""
     path = media.video(tmp_path / "h264.mp4", **VIDEOS["h264.mp4"])
     content, good, rng = path.read_bytes(), in_order(path), np.random.RandomState(0)
     noticed = unnoticed = 0
