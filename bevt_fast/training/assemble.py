@@ -10,7 +10,7 @@ from bevt_fast import tokenizers
 from bevt_fast.config import Config, Stream, open_part
 from bevt_fast.data import sources
 from bevt_fast.data.sources import Source
-from bevt_fast.errors import CheckpointError
+from bevt_fast.errors import CheckpointError, DataError, UserError
 from bevt_fast.models import official
 from bevt_fast.models.bevt import Bevt
 from bevt_fast.models.video_swin import VideoSwinConfig
@@ -49,9 +49,14 @@ def open_tokenizer(config: Config, data: dict[str, Source], world: World) -> Tok
     """The frozen tokenizer; one that may be fitted on the run's own data is fitted by the first process if it is not
     there.
     """
+    failure: UserError | None = None
     if world.is_main:
-        tokenizer_fit.fit_if_missing(config, data)
-    distributed.barrier()
+        try:
+            tokenizer_fit.fit_if_missing(config, data)
+        except UserError as error:
+            failure = error
+    if distributed.agree(int(failure is not None), world.device):
+        raise failure or DataError("the first process could not fit the tokenizer; it says why")
     return tokenizers.build(config.tokenizer).to(world.device)
 
 

@@ -45,7 +45,8 @@ class Quarantine:
             if len(bad) > self.share * count:
                 return (
                     f"{len(bad)} of {count} files of {stream} are bad, more than data.quarantine_share = "
-                    f"{self.share:g} allows; they are listed in {self.path}, the first is {bad[0]['path']} ({bad[0]['kind']})"
+                    f"{self.share:g} allows; they are listed in {self.path}, "
+                    f"the first is {bad[0]['path']} ({bad[0]['kind']})"
                 )
         return None
 
