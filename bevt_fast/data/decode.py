@@ -134,7 +134,7 @@ def _faults(path: str | Path, kind: str) -> Iterator[None]:
             raise BadFile("empty", path, "0 bytes") from None
         if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
             kind = "io"
-        elif "truncated" in str(error):  # Pillow's word
+        elif "truncated" in str(error).lower():  # Pillow's word
             kind = "truncated"
         raise BadFile(kind, path, f"{type(error).__name__}: {error}".split("; last error log")[0]) from None
 
