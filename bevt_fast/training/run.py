@@ -16,6 +16,7 @@ from bevt_fast import config as configuration
 from bevt_fast.config import Config
 from bevt_fast.data import loader, sampling
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses
+from bevt_fast.data.sources import Source
 from bevt_fast.errors import CheckpointError, DataError, NumericalError
 from bevt_fast.training import checkpoint, distributed, schedule
 from bevt_fast.training.assemble import check_parts, fingerprint, open_engine, open_source, open_tokenizer, streams
@@ -31,11 +32,10 @@ log = logging.getLogger("bevt_fast")
 class Run:
     """Everything `train` uses; built by `build`."""
 
-    def __init__(self, config: Config, world: World, resume: str) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, sources: dict[str, Source], world: World, resume: str) -> None:
+        self.config, self.sources, self.world = config, sources, world
         self.output = Path(config.output)
         self.accumulation = configuration.accumulation(config, world.size)
-        self.sources = {name: open_source(stream) for name, stream in streams(config).items()}
         self._lock = prepare_output(self.output, resume, world)
         found = find_checkpoint(self.output, resume, world)
         self.tokenizer = open_tokenizer(config, self.sources, world)
@@ -246,10 +246,11 @@ def build(config: Config, resume: str = "none") -> Run:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     configuration.accumulation(config, distributed.world_size_from_environment())
     check_parts(config)
+    sources = {name: open_source(stream) for name, stream in streams(config).items()}
     world = distributed.start(config.train.threads)
     if not world.is_main:
         logging.getLogger().setLevel(logging.ERROR)
-    return Run(config, world, resume)
+    return Run(config, sources, world, resume)
 
 
 def lower(batch: JointBatch, dtype: torch.dtype) -> JointBatch:
