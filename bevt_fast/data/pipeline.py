@@ -108,8 +108,7 @@ def colour_matrices(
         if step == 0:
             colour, pivot = factor * colour, factor * pivot
         elif step == 1:
-            # the mean of A x + K m is (A + K) m
-            colour, pivot = factor * colour, factor * pivot + (1 - factor) * grey @ (colour + pivot)
+            colour, pivot = factor * colour, (1 - factor) * grey @ colour
         else:
             saturation = factor * np.eye(3) + (1 - factor) * grey
             colour, pivot = saturation @ colour, saturation @ pivot

@@ -163,14 +163,16 @@ def test_a_batch_is_what_its_draws_say(folder):
             assert torch.equal(batch.clips.pixels[k], expected.transpose(0, 1))
 
 
-def test_a_part_of_a_file_is_read_as_the_list_says(folder):
-    name = "10b.mp4"
-    data = clips(folder, paths=[name], extents=np.array([[20, 12]]))
-    given = config(view=PLAIN, streams=("clips",))
+@pytest.mark.parametrize("name, decoder", [("10b.mp4", "pyav"), ("9a.webm", "pyav"), ("9a.webm", "dali")])
+def test_a_part_of_a_file_is_read_as_the_list_says(folder, name, decoder):
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    data = clips(folder, paths=[name], extents=np.array([[7, 12]]))
+    given = config(view=PLAIN, streams=("clips",), decoder=decoder)
     drawn = draw(given, "clips", data, 0, 0)
     assert drawn.frames is not None and max(drawn.frames) < 12
     views = StreamReader(given, "clips", data).read([sampling.Place(0, 0)], [])[0]
-    expected = decode.read_frames(folder / name, [20 + k for k in drawn.frames])
+    expected = decode.read_frames(folder / name, [7 + k for k in drawn.frames])
     np.testing.assert_array_equal(views.pixels, expected[:, :, drawn.crop.left : drawn.crop.left + 64])
 
 
