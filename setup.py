@@ -26,6 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[*find_packages(include=["bevt_fast", "bevt_fast.*"]), "bevt_kernels"],
+    package_data={"bevt_fast": ["py.typed"], "bevt_kernels": ["py.typed"]},
     package_dir={"bevt_kernels": "kernels/bevt_kernels"},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
