@@ -53,13 +53,15 @@ class View(Section):
             raise ValueError(
                 f"short_side must be a range [low, high] with size {self.size} <= low <= high, got {low}, {high}"
             )
-        if self.size % 16:
-            raise ValueError(f"size {self.size} is not a multiple of 16, the side of a mask cell")
+        if self.size % 32:
+            raise ValueError(f"size {self.size} is not a multiple of 32, the side of a position of the last stage")
         return self
 
 
 class Stream(Section):
-    """The clip or the image half of a joint batch. `batch` is the whole step's over all processes, `micro_batch` one process's."""
+    """The clip or the image half of a joint batch. `batch` is the whole step's over all processes, `micro_batch` one
+    process's.
+    """
 
     source: Part
     mask: Part
@@ -80,7 +82,9 @@ class CustomSize(Section):
 
 
 class Model(Section):
-    """The encoder and its switches (SPEC 1). `weights` initialises from a checkpoint: ours, official, or a 2-D stage one."""
+    """The encoder and its switches (SPEC 1). `weights` initialises from a checkpoint: ours, official, or a 2-D stage
+    one.
+    """
 
     size: Literal["tiny", "small", "base", "large"] | CustomSize = "base"
     window: Window = (8, 7, 7)
@@ -114,7 +118,9 @@ class Optim(Section):
 
 
 class Train(Section):
-    """How long, in what precision, and what is kept. An epoch is one pass over the clips (over the images if there are none)."""
+    """How long, in what precision, and what is kept. An epoch is one pass over the clips (over the images if there
+    are none).
+    """
 
     epochs: Positive | None = None
     steps: Positive | None = None  # wins over epochs
@@ -209,7 +215,8 @@ def accumulation(config: Config, world_size: int) -> int:
         )
         if rest or not count:
             raise ConfigError(
-                f"{equation} = {stream.batch / (stream.micro_batch * world_size):g} must be a whole number of micro-batches"
+                f"{equation} = {stream.batch / (stream.micro_batch * world_size):g} "
+                "must be a whole number of micro-batches"
             )
         counts[equation] = count
     if len(set(counts.values())) > 1:
@@ -258,7 +265,9 @@ AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 def parse(section: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
-    """Validate `values` as `section`. Raises ConfigError that names the key, what was expected, and the nearest valid key."""
+    """Validate `values` as `section`. Raises ConfigError that names the key, what was expected, and the nearest valid
+    key.
+    """
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -271,7 +280,9 @@ def parse(section: type[AnySection], values: dict[str, Any], where: str) -> AnyS
 
 
 def open_part(room: str, part: Part) -> tuple[Any, Any]:
-    """The module `part.name` of the package `room` and its validated `Options`. Raises ConfigError listing the parts there are."""
+    """The module `part.name` of the package `room` and its validated `Options`. Raises ConfigError listing the parts
+    there are.
+    """
     package = importlib.import_module(room)
     there = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
     if part.name not in there:
@@ -336,7 +347,8 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _sentence(section: type[BaseModel], fault: Any) -> str:
     """One pydantic fault in our words: 'Config has no key 'clip'; did you mean 'clips'?'."""
-    # union branches appear in the location as class names; keys of the file never start with a capital or hold a bracket
+    # union branches appear in the location as class names; keys of the file never start with a capital or hold a
+    # bracket
     path = [str(step) for step in fault["loc"] if not (isinstance(step, str) and (step[:1].isupper() or "[" in step))]
     owner = _section_at(section, path[:-1])
     prefix = "".join(f"{step}: " for step in path[:-1])

@@ -1,4 +1,6 @@
-"""The errors a user is meant to read: one sentence that names the thing and the remedy, and the exit code that goes with it."""
+"""The errors a user is meant to read: one sentence that names the thing and the remedy, and the exit code that goes
+with it.
+"""
 
 EXIT_USAGE = 2
 EXIT_DATA = 3

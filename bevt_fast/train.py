@@ -1,7 +1,7 @@
 """Pretrain BEVT: `deepspeed bevt_fast/train.py --config configs/joint.json`, or torchrun, srun, or plain python.
 
-Image-only, clip-only and joint pretraining are configurations of this one text: a stream that the configuration leaves out
-is None and adds nothing to the loss.
+Image-only, clip-only and joint pretraining are configurations of this one text: a stream that the configuration
+leaves out is None and adds nothing to the loss.
 """
 
 import sys
@@ -12,7 +12,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
     sys.path[:1] = [str(root), str(root / "kernels")]
 
 from bevt_fast.config import Config, command_line, load
-from bevt_fast.errors import UserError
+from bevt_fast.errors import EXIT_SIGINT, UserError
 
 if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
     try:
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 def joint_step(
     engine: "Engine", tokenizer: "Tokenizer", batch: JointBatch, hidden: tuple[float, float] | None = None
 ) -> Losses:
-    """One micro-batch: name every cell, predict the hidden ones in both streams, one backward through the shared encoder.
+    """One micro-batch: name every cell, predict the hidden ones of both streams, one backward through the encoder.
 
-    `hidden` is given for `train.loss_mean` "global" only: hidden images' and clips' positions per micro-batch of the step.
+    `hidden` is given for `train.loss_mean` "global" only: hidden images' and clips' positions per micro-batch of the
+    step.
     """
     with torch.no_grad():
         images, clips = (tokenizer(stream.token_pixels) if stream else None for stream in batch)
@@ -71,7 +72,8 @@ def main(config: Config, resume: str = "none", dry_run: bool = False) -> int:
     if dry_run:
         from bevt_fast.training.dry_run import describe
 
-        print(describe(config))
+        for paragraph in describe(config):
+            print(paragraph, flush=True)
         return 0
     run = build(config, resume)
     try:
@@ -86,4 +88,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except KeyboardInterrupt:  # before the first step; afterwards the run saves and returns the code itself
+        code = EXIT_SIGINT
     sys.exit(code)

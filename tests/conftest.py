@@ -23,7 +23,9 @@ def _few_threads():
 
 @pytest.fixture(scope="session")
 def program():
-    """Run one of our programs as a user would: `program("bevt_fast/train.py", "--config", ...)`. Returns the finished process."""
+    """Run one of our programs as a user would: `program("bevt_fast/train.py", "--config", ...)`. Returns the finished
+    process.
+    """
 
     def start(*arguments, timeout=240, check=None, env=None):
         command = [sys.executable, *map(str, arguments)]

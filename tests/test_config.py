@@ -105,7 +105,7 @@ def test_files_that_are_no_configuration(tmp_path):
     assert "run.json:2: not valid JSON" in refusal(tmp_path, '{\n"a": }')
     assert "'seed' is written twice" in refusal(tmp_path, '{"seed": 1, "seed": 2}')
     assert "expected one JSON object" in refusal(tmp_path, "[]")
-    with pytest.raises(ConfigError, match="cannot read the configuration .*missing.json"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*missing\.json"):
         config.load(tmp_path / "missing.json")
 
 
@@ -126,10 +126,10 @@ def test_overrides_are_typed_and_checked(tmp_path):
 
 def test_unknown_parts_list_what_there_is():
     with pytest.raises(
-        ConfigError, match="bevt_fast.tokenizers has no part 'dale'; it has: dalle, .*did you mean 'dalle'"
+        ConfigError, match=r"bevt_fast.tokenizers has no part 'dale'; it has: dalle, .*did you mean 'dalle'"
     ):
         config.open_part("bevt_fast.tokenizers", config.Part(name="dale"))
-    with pytest.raises(ConfigError, match="options: .*has no key 'wieghts'; did you mean 'weights'"):
+    with pytest.raises(ConfigError, match=r"options: .*has no key 'wieghts'; did you mean 'weights'"):
         config.open_part("bevt_fast.tokenizers", config.Part(name="dalle", options={"wieghts": "x"}))
 
 

@@ -83,6 +83,13 @@ def normalise(pixels: UInt8[Tensor, "... H W 3"]) -> Float[Tensor, "... 3 H W"]:
     return ((pixels.float() - mean) / std).movedim(-1, -3)
 
 
+def denormalise(pixels: Float[Tensor, "B 3 *grid"]) -> UInt8[Tensor, "B 3 *grid"]:
+    """Back from what the encoder sees to a picture; the channels are the second axis, of images and clips alike."""
+    shape = (1, 3, *(1,) * (pixels.ndim - 2))
+    mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(shape) for values in (MEAN, STD))
+    return (pixels.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+
 def map_pixels(pixels: UInt8[Tensor, "... H W 3"]) -> Float[Tensor, "... 3 H W"]:
     """What the tokenizer sees: 0..255 moved into [0.1, 0.9], channels first (SPEC 3.2)."""
     return (0.8 * (pixels.float() / 255) + 0.1).movedim(-1, -3)

@@ -114,12 +114,17 @@ def state(item: Object, motion: int, offset: float) -> State:
 
 def render_clip(scene: Scene, motion: int, size: int, length: int) -> np.ndarray:
     """The frames of a clip: (length, size, size, 3) uint8 RGB."""
-    return np.stack([render_frame(scene, motion, size, k - (length - 1) / 2) for k in range(length)])
+    background = _background(scene, size)
+    return np.stack([_frame(background, scene, motion, k - (length - 1) / 2) for k in range(length)])
 
 
 def render_frame(scene: Scene, motion: int, size: int, offset: float = 0.0) -> np.ndarray:
     """The scene `offset` frames after the middle of the clip, where all motions meet: (size, size, 3) uint8 RGB."""
-    canvas = _background(scene, size)
+    return _frame(_background(scene, size), scene, motion, offset)
+
+
+def _frame(background: np.ndarray, scene: Scene, motion: int, offset: float) -> np.ndarray:
+    canvas = background.copy()
     for item in scene.objects:
         _paint(canvas, item, state(item, motion, offset))
     return (canvas * 255 + 0.5).astype(np.uint8)

@@ -236,9 +236,7 @@ def _csv_form(header: int, mark: str, path: int, label: int | None) -> Form:
         return name, [integer(field, "label", spot) for field in number]
 
     def many(lines: list[str]) -> tuple[list[str], list[int]]:
-        rows = fields(lines)
-        if len(rows) != len(lines):
-            raise ValueError
+        rows = fields(lines)  # a row a line: a block with a quote is read line by line
         return _simple([row[path] for row in rows]), [] if label is None else _integers([[row[label] for row in rows]])
 
     return Form("path" if label is None else "path label", one, many, header)

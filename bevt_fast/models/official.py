@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bevt_fast.errors import CheckpointError
 from bevt_fast.models.video_swin import VideoSwinConfig
-from bevt_fast.models.weights import Report, StateDict, load, read, unwrap
+from bevt_fast.models.weights import Checkpoint, Report, StateDict, load, read, unwrap
 
 __all__ = [
     "Report",
@@ -53,7 +53,7 @@ AROUND_THE_ENCODER = ("image_stem.*", "mask_token.*", "image_decoder.*", "clip_d
 
 
 def from_official(
-    state_dict: StateDict, dropped: list[str] | None = None, ema: bool | None = None
+    state_dict: Checkpoint, dropped: list[str] | None = None, ema: bool | None = None
 ) -> dict[str, Tensor]:
     """Names of the official BEVT, Video Swin and SSv2 checkpoints to ours, with or without `backbone.` and the like.
 
@@ -87,7 +87,7 @@ def to_official(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def inflate_image_checkpoint(
-    state_dict: StateDict, config: VideoSwinConfig, dropped: list[str] | None = None
+    state_dict: Checkpoint, config: VideoSwinConfig, dropped: list[str] | None = None
 ) -> dict[str, Tensor]:
     """A 2-D Swin, BEVT-I or our own image-only checkpoint to the joint model's names and shapes (SPEC 5.4).
 
@@ -97,23 +97,23 @@ def inflate_image_checkpoint(
     """
     weights, left_out = unwrap(state_dict), []
     is_ours = any("image_stem." in key for key in weights)
+    names = {key: _stripped(_official_name(key) if is_ours else key) for key in weights}
+    stem = "patch_embed_2d." if is_ours else "patch_embed."
+    kernel = next((weights[key] for key, name in names.items() if name == stem + "proj.weight"), None)
+    if kernel is None or kernel.ndim != 4:
+        found = "none" if kernel is None else f"one of shape {tuple(kernel.shape)}"
+        raise CheckpointError(f"a 2-D checkpoint has a {stem}proj.weight of 4 axes, here is {found}; use from_official")
     official: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        name = _stripped(_official_name(key) if is_ours else key)
+    for key, name in names.items():
         if _is_unused(name) or name.startswith(("lm_head.", "fc_cls.")):
             left_out.append(key)
         elif name.endswith(TABLE):
-            official[name] = _inflated_table(name, value, config, is_ours)
+            official[name] = _inflated_table(name, weights[key], config, is_ours)
         else:
-            official[name] = value
+            official[name] = weights[key]
     for part in ("weight", "bias"):
         if "fc_norm." + part in official:
             official["norm." + part] = official.pop("fc_norm." + part)
-    stem = "patch_embed_2d." if is_ours else "patch_embed."
-    kernel = official.get(stem + "proj.weight")
-    if kernel is None or kernel.ndim != 4:
-        found = "none" if kernel is None else f"one of shape {tuple(kernel.shape)}"
-        raise CheckpointError(f"a 2-D one has a 4-axis patch_embed.proj.weight, here is {found}; use from_official")
     for part in ("proj.weight", "proj.bias", "norm.weight", "norm.bias"):
         if stem + part not in official:
             raise CheckpointError(f"the image checkpoint has no {stem}{part}")
@@ -147,7 +147,7 @@ def resize_bias_tables(
 
 
 def initial_weights(
-    state_dict: StateDict, config: VideoSwinConfig, dropped: list[str] | None = None
+    state_dict: Checkpoint, config: VideoSwinConfig, dropped: list[str] | None = None
 ) -> dict[str, Tensor]:
     """Weights in our names for an encoder of this window, from a checkpoint of ours, an official one, or a 2-D one.
 
@@ -171,7 +171,7 @@ def initial_weights(
     return weights
 
 
-def initialise(module: nn.Module, state_dict: StateDict, config: VideoSwinConfig) -> Report:
+def initialise(module: nn.Module, state_dict: Checkpoint, config: VideoSwinConfig) -> Report:
     """Start a Bevt or a Classifier from any checkpoint `initial_weights` understands.
 
     The encoder must fit whole. Other parts are taken where the checkpoint has them; a head of another size is not, and

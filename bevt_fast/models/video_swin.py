@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from bevt_kernels import masked_embedding, window_attention
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bevt_fast import config
+from bevt_fast.config import Model
 from bevt_fast.errors import ConfigError
+from bevt_kernels import masked_embedding, window_attention
 
 BiasIndex = Literal["true", "official"]
 ImageAttention = Literal["t1", "official"]
@@ -62,7 +62,7 @@ class VideoSwinConfig:
         return cls(**SIZES[size] | changes)
 
     @classmethod
-    def of(cls, section: config.Model) -> "VideoSwinConfig":
+    def of(cls, section: Model) -> "VideoSwinConfig":
         """The encoder that the `model` section of a configuration file describes."""
         size = SIZES[section.size] if isinstance(section.size, str) else section.size.model_dump()
         return cls(**size, window=section.window, drop_path=section.drop_path)
@@ -286,9 +286,9 @@ def _pad(x: Tensor, sizes: Sequence[int], multiple: Sequence[int], channels_last
 
 def _window_and_shift(grid: Triple, window: Triple) -> tuple[Triple, Triple]:
     """The used window and shift: an axis no longer than the window is one window, unshifted (SPEC 1.4, step 2)."""
-    used = [min(length, size) for length, size in zip(grid, window)]
-    shift = [size // 2 if length > size else 0 for length, size in zip(grid, window)]
-    return (used[0], used[1], used[2]), (shift[0], shift[1], shift[2])
+    t, h, w = (min(length, size) for length, size in zip(grid, window))
+    dt, dh, dw = (size // 2 if length > size else 0 for length, size in zip(grid, window))
+    return (t, h, w), (dt, dh, dw)
 
 
 def _official_image_shift(sides: tuple[int, int], window: Triple) -> Triple:

@@ -1,6 +1,7 @@
 """Weight files in, weights into modules. No key is passed over in silence: what does not fit is named, or reported."""
 
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from bevt_fast.errors import CheckpointError
 
 StateDict = Mapping[str, Tensor]
+Checkpoint = Mapping[str, Any]  # a state dict, or a dictionary around one
 
 
 class Report(NamedTuple):
@@ -48,15 +50,16 @@ def read(path: str | Path) -> dict[str, Tensor]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "GLOBAL" not in reason and "Unsupported" not in reason:
-            raise CheckpointError(f"{path} is damaged or not a checkpoint; download it again") from None
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise CheckpointError(f"{path} is damaged or not a checkpoint; copy or download it again") from None
         raise CheckpointError(
-            f"{path} holds more than tensors and would run code when opened; save its state_dict alone, "
-            "or as .safetensors, where you trust it"
+            f"{path} holds more than tensors and would run code when opened ({refused[1]}); "
+            "where you trust it, save its state_dict alone, best as .safetensors"
         ) from None
-    except Exception as error:
-        raise CheckpointError(f"{path} is truncated or not a checkpoint ({type(error).__name__})") from None
+    except Exception as error:  # what torch raises for a damaged file depends on where the damage is
+        reason = type(error).__name__
+        raise CheckpointError(f"{path} is truncated or damaged ({reason}); copy or download it again") from None
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of tensors")
     return unwrap(checkpoint)
@@ -72,7 +75,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from None
 
 
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrap(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights of a checkpoint: under `model`, else `module`, else `state_dict`, else at its top (SPEC 5.4)."""
     for key in ("model", "module", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):

@@ -4,12 +4,12 @@ import sys
 from typing import SupportsFloat
 
 import torch
-from bevt_kernels import masked_cross_entropy
 from torch import Tensor, nn
 
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets
 from bevt_fast.errors import ConfigError
 from bevt_fast.models.bevt import Bevt
+from bevt_kernels import masked_cross_entropy
 
 
 class JointObjective(nn.Module):

@@ -1,4 +1,6 @@
-"""Open room: one frozen image tokenizer per file. A tokenizer never trains here, never sits in a checkpoint, and returns integers."""
+"""Open room: one frozen image tokenizer per file. A tokenizer never trains here, never sits in a checkpoint, and
+returns integers.
+"""
 
 from typing import Protocol
 
@@ -25,7 +27,7 @@ class Tokenizer(Protocol):
 
 
 def build(part: Part) -> Tokenizer:
-    """The tokenizer a configuration names, in evaluation mode. Raises DataError for weights that are missing or not its own.
+    """The tokenizer a configuration names, in evaluation mode. Raises DataError for missing or foreign weights.
 
     A tokenizer that can draw has `decode(ids (*B, h, w)) -> pixels (*B, 3, H, W)` in [0.1, 0.9] as well.
     """

@@ -117,7 +117,6 @@ class Dalle(nn.Module):
         ids = [self.logits(part).argmax(1) for part in frames.split(chunk)]
         return torch.cat(ids).reshape(*leading, height // self.cell, width // self.cell)
 
-
     def save(self, path: str | Path) -> None:
         """Write safetensors, whole or not at all. Raises DataError where that cannot be done."""
         _weights_file.write(path, self.state_dict(), {"format": FORMAT, "vocab_size": str(self.vocab_size)})

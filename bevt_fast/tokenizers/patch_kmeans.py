@@ -82,11 +82,11 @@ def fit(
     pixels: Float[Tensor, "n 3 H W"],
     vocab_size: int = 128,
     seed: int = 0,
-    iterations: int = 20,
+    iterations: int = 10,
     cells: int = 20_000,
     source: str = "",
 ) -> PatchKMeans:
-    """Lloyd's k-means on at most `cells` random cells of token pixels in [0.1, 0.9], seeded as k-means++ (Arthur 2007).
+    """Lloyd's k-means on at most `cells` random cells of token pixels in [0.1, 0.9].
 
     The same pixels and seed give the same bits on any machine. Raises DataError for fewer distinct cells than ids.
     """
@@ -96,7 +96,8 @@ def fit(
     if height % CELL or width % CELL:
         raise ValueError(f"views of {height} x {width} pixels are not made of {CELL}-pixel cells")
     total = n * (height // CELL) * (width // CELL)
-    rows = functional.unfold(views, CELL, stride=CELL).transpose(1, 2).reshape(total, -1)  # (cells, 192)
+    blocks = views.view(n, 3, height // CELL, CELL, width // CELL, CELL)
+    rows = blocks.permute(0, 2, 4, 1, 3, 5).reshape(total, -1)  # (cells, 192)
     if total > cells:
         rows = rows[sorted(rng.sample(range(total), cells))]
     start = _start(rows, vocab_size, rng)
@@ -155,20 +156,16 @@ def _pixels(levels: Tensor) -> Tensor:
 
 
 def _start(rows: Tensor, count: int, rng: random.Random) -> list[int]:
-    """k-means++: cells as first centroids, each drawn in proportion to its squared distance from those before it.
+    """Random different cells as first centroids; fewer than `count` when there are not so many.
 
-    Fewer than `count` when there are not so many different cells.
+    Not k-means++: it begins at the rarest cells, which costs a quarter of the perplexity and gains no nearness.
     """
-    chosen: list[int] = []
-    distance = torch.ones(len(rows), dtype=torch.int64)  # the first is drawn evenly
-    squares = rows.square().sum(1)
-    while len(chosen) < count and distance.any():
-        upto = distance.cumsum(0)
-        chosen.append(int(torch.searchsorted(upto, rng.randrange(int(upto[-1])), right=True)))
-        new = rows[chosen[-1]]
-        far = (squares - 2 * (rows @ new) + new.square().sum()).long()
-        distance = far if len(chosen) == 1 else torch.minimum(distance, far)
-    return chosen
+    chosen: dict[bytes, int] = {}
+    for i in rng.sample(range(len(rows)), len(rows)):
+        chosen.setdefault(rows[i].numpy().tobytes(), i)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
 
 
 def _assign(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

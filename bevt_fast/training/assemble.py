@@ -10,7 +10,7 @@ from bevt_fast import tokenizers
 from bevt_fast.config import Config, Stream, open_part
 from bevt_fast.data import sources
 from bevt_fast.data.sources import Source
-from bevt_fast.errors import CheckpointError, ConfigError
+from bevt_fast.errors import CheckpointError, DataError, UserError
 from bevt_fast.models import official
 from bevt_fast.models.bevt import Bevt
 from bevt_fast.models.video_swin import VideoSwinConfig
@@ -46,10 +46,17 @@ def open_source(stream: Stream) -> Source:
 
 
 def open_tokenizer(config: Config, data: dict[str, Source], world: World) -> Tokenizer:
-    """The frozen tokenizer; one that may be fitted on the run's own data is fitted by the first process if it is not there."""
+    """The frozen tokenizer; one that may be fitted on the run's own data is fitted by the first process if it is not
+    there.
+    """
+    failure: UserError | None = None
     if world.is_main:
-        tokenizer_fit.fit_if_missing(config, data)
-    distributed.barrier()
+        try:
+            tokenizer_fit.fit_if_missing(config, data)
+        except UserError as error:
+            failure = error
+    if distributed.agree(int(failure is not None), world.device):
+        raise failure or DataError("the first process could not fit the tokenizer; it says why")
     return tokenizers.build(config.tokenizer).to(world.device)
 
 
@@ -77,16 +84,18 @@ def require_same_data(found: Checkpoint, fingerprints: dict) -> None:
         then = found.trainer.get("data", {}).get(stream)
         if then != now:
             raise CheckpointError(
-                f"{found.path}: the list of {stream} is not the one this run began with ({then} then, {now} now); bring it back, or begin "
-                f"a new run with model.weights = {found.path / 'model.safetensors'}"
+                f"{found.path}: the list of {stream} is not the one this run began with ({then} then, {now} now); "
+                f"bring it back, or begin a new run with model.weights = {found.path / 'model.safetensors'}"
             )
 
 
 def fingerprint(source: Source) -> dict[str, str | int]:
-    """Number of files and a digest of their names in order."""
+    """Number of files and a digest of their names, and which frames of them, in order."""
     digest = hashlib.sha256()
     for path in source.paths:
-        digest.update(path.encode() + b"\n")
+        digest.update(path.encode(errors="surrogateescape") + b"\n")
+    if source.extents is not None:
+        digest.update(source.extents.tobytes())
     return {"files": len(source), "sha256": digest.hexdigest()}
 
 
@@ -109,18 +118,20 @@ def build_objective(config: Config, vocab_size: int, initialise: bool = True) ->
 
 
 def initial_weights(model: Bevt, path: str) -> str:
-    """Start from a checkpoint file, a `step_XXXXXXXX` directory or the output of a run; returns what was taken and what not."""
+    """Start from a checkpoint file, a `step_XXXXXXXX` directory or the output of a run; returns what was taken and
+    what not.
+    """
     place = Path(path)
     if (place / "checkpoints").is_dir():
         found = checkpoint.commits(place / "checkpoints")
         if not found:
-            raise CheckpointError(f"model.weights: {path} holds no checkpoint yet; train it first, or name a weights file")
+            raise CheckpointError(f"model.weights: {path} holds no checkpoint yet; train it first, or name a file")
         place = found[-1]
     if place.is_dir():
         place = place / "model.safetensors"
     if not place.is_file():
         raise CheckpointError(
-            f"model.weights: {path} is not there; train stage one (configs/image.json) first, name a weights file, or drop "
-            "the key (--set model.weights=null) to start from random weights"
+            f"model.weights: {path} is not there; train stage one (configs/image.json) first, name a weights file, "
+            "or drop the key (--set model.weights=null) to start from random weights"
         )
     return f"initial weights from {place}: {official.initialise(model, official.read(place), model.config)}"

@@ -1,9 +1,9 @@
 """Checkpoints that cannot be half-written or silently wrong.
 
-A checkpoint is a directory. It is written aside, every file flushed to the disk, a manifest with the digest of every file
-added, and then renamed: the rename is the commit. No common format notices a flipped bit (safetensors and torch.save load
-it), so reading checks the digests first. State is stored by parameter name, whole and in float32: any number of processes
-and any ZeRO stage can go on from it.
+A checkpoint is a directory. It is written aside, every file flushed to the disk, a manifest with the digest of every
+file added, and then renamed: the rename is the commit. No common format notices a flipped bit (safetensors and
+torch.save load it), so reading checks the digests first. State is stored by parameter name, whole and in float32: any
+number of processes and any ZeRO stage can go on from it.
 
     step_00000400/model.safetensors        the weights, loadable with safetensors alone
                   optimizer.safetensors    AdamW's moments, `parameter.exp_avg` and `parameter.exp_avg_sq`
@@ -114,7 +114,7 @@ def newest_valid(directory: Path) -> Checkpoint | None:
 
 
 def read(path: Path) -> Checkpoint:
-    """One checkpoint, checked against its digests. Raises CheckpointError naming the file that is damaged or missing."""
+    """One checkpoint, checked against its digests. Raises CheckpointError naming the damaged or missing file."""
     manifest = _read_json(path, "MANIFEST.json")
     for name in PARTS:
         if name not in manifest or not (path / name).is_file():

@@ -1,4 +1,6 @@
-"""Who am I among the processes: one function for every launcher (plain python, deepspeed, torchrun, srun), and when to stop."""
+"""Who am I among the processes: one function for every launcher (plain python, deepspeed, torchrun, srun), and when
+to stop.
+"""
 
 import datetime
 import os
@@ -68,7 +70,9 @@ def first_node(nodes: str) -> str:
 
 
 def start(threads: int | None) -> World:
-    """Join the other processes; NCCL on GPUs, gloo on CPUs. `threads` of torch per process, None: cores / processes here."""
+    """Join the other processes; NCCL on GPUs, gloo on CPUs. `threads` of torch per process, None: cores / processes
+    here.
+    """
     read_environment()
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():

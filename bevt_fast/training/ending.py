@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ class Answers(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Accuracy on hidden positions, and the share of the commonest target among them: what a constant guess would reach."""
+    """Accuracy on hidden positions, and the share of the commonest target among them: what a constant guess would
+    reach.
+    """
 
     accuracy: float
     commonest: float
@@ -57,7 +59,7 @@ def finish(run: "Run") -> None:
         count = run.config.train.pictures
         pictures.samples(
             path,
-            stream,
+            cast(Any, stream),
             pipeline_reference.denormalise(batch.pixels[:count].float().cpu()),
             batch.token_pixels[:count].cpu(),
             batch.mask[:count].cpu(),
@@ -89,7 +91,7 @@ def answer(run: "Run", stream: str, batch: Images | Clips) -> Answers:
 
 
 def score_heldout(run: "Run") -> tuple[dict[str, Score], dict[str, tuple[Images | Clips, Answers]]]:
-    """Scores per stream over `train.heldout_batches` micro-batches of all processes, and the first micro-batch answered.
+    """Scores per stream over `train.heldout_batches` micro-batches a process, and the first micro-batch answered.
 
     A stream without a held-out source is not scored; a training micro-batch is shown instead.
     """

@@ -26,8 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that clips, and that leaves weights and moments untouched when the gradient norm is not finite.
 
-    DeepSpeed's own wrappers (every ZeRO stage, bf16, fp16) do both; in float32 without ZeRO there is no wrapper, and its
-    clipping would turn one NaN into NaN weights. `overflow` and `_global_grad_norm` are the names DeepSpeed reads.
+    DeepSpeed's own wrappers (every ZeRO stage, bf16, fp16) do both; in float32 without ZeRO there is no wrapper, and
+    its clipping would turn one NaN into NaN weights. `overflow` and `_global_grad_norm` are the names DeepSpeed reads.
     """
 
     def __init__(self, groups: list[dict[str, Any]], max_norm: float, **options: Any) -> None:
@@ -46,7 +46,9 @@ class ClippedAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Two groups, decayed and not (SPEC 5.2): a name with one of `UNDECAYED` in it is not decayed; biases as `optim` says."""
+    """Two groups, decayed and not (SPEC 5.2): a name with one of `UNDECAYED` in it is not decayed; biases as `optim`
+    says.
+    """
     groups: dict[float, list[nn.Parameter]] = {optim.weight_decay: [], 0.0: []}
     for name, parameter in module.named_parameters():
         undecayed = any(word in name for word in UNDECAYED) or (not optim.decay_biases and name.endswith("bias"))
@@ -85,14 +87,15 @@ class Engine:
             else torch.optim.AdamW(groups, **options)
         )
         try:
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            made: Any = deepspeed.initialize(
                 model=objective, optimizer=optimizer, config=section, dist_init_required=True
             )
         except (AssertionError, ValueError) as error:
             raise MachineError(
                 f"DeepSpeed refuses the configuration: {str(error).strip() or type(error).__name__}"
             ) from error
-        self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.engine, self.optimizer = made[:2]
+        self.inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         self._allocate_moments()
         self._set_adam_step(0)
 
@@ -118,7 +121,9 @@ class Engine:
 
     @property
     def step_applied(self) -> bool:
-        """Whether the step just taken changed the weights: not where the gradient norm was not finite. The same everywhere."""
+        """Whether the step just taken changed the weights: not where the gradient norm was not finite. The same
+        everywhere.
+        """
         return not getattr(self.optimizer, "overflow", False)
 
     @property
@@ -150,8 +155,11 @@ class Engine:
                 yield f"{name}.{moment}", self._read(name, parameter, moment)
 
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Take over the state that `weights` and `moments` gave. The module itself must have been loaded before the engine
-        was made (it is partitioned now); this sets the float32 copies that a low-precision module is rounded from."""
+        """Take over the state that `weights` and `moments` gave.
+
+        The module itself must have been loaded before the engine was made (it is partitioned now); this sets the
+        float32 copies that a low-precision module is rounded from.
+        """
         for name, parameter in self._named():
             self._write(name, parameter, weights[name], None)
             for moment in MOMENTS:
@@ -189,8 +197,8 @@ class Engine:
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
     def _allocate_moments(self) -> None:
-        """AdamW allocates its moments in its first step; a checkpoint may be read before that. It is also too late for ZeRO
-        1 and 2, which step one group after the other and look for the moments of all groups after the first."""
+        """AdamW allocates its moments in its first step; a checkpoint may be read before that. It is too late for ZeRO
+        1 and 2 as well, which step one group after the other and look for the moments of all groups after the first."""
         for tensor in self._flat_parameters():
             state = self.inner.state[tensor]
             if "exp_avg" not in state:

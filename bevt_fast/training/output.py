@@ -15,7 +15,9 @@ log = logging.getLogger("bevt_fast")
 
 
 def prepare_output(output: Path, resume: str, world: World) -> IO | None:
-    """Make, test and lock the output directory; a fresh start moves an earlier run aside. Returns the lock on the first process."""
+    """Make, test and lock the output directory; a fresh start moves an earlier run aside. Returns the lock on the
+    first process.
+    """
     failure: str | None = None
     lock = None
     if world.is_main:
@@ -45,8 +47,10 @@ def _lock_output(output: Path) -> IO | None:
     output.mkdir(parents=True, exist_ok=True)
     lock = (output / ".lock").open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # not flock: loader workers would inherit it, and outlive a killed run by seconds in which it cannot be resumed
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows either
+        lock.close()
         return None
     lock.truncate(0)
     lock.write(f"{os.uname().nodename} {os.getpid()}\n")

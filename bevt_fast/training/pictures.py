@@ -32,6 +32,10 @@ def loss_curve(log: Sequence[dict[str, Any]], path: str | Path) -> None:
         if len(steps):
             label = f"{name}, never trained on: {100 * values[-1]:.1f} %"
             accuracies.plot(steps, 100 * values, "o", color=colour, markeredgecolor="black", label=label, zorder=3)
+        _, commonest = _series(log, f"val/mask_acc_{number}_commonest")
+        if len(commonest):
+            label = f"{name}, always the commonest token: {100 * commonest[-1]:.1f} %"
+            accuracies.axhline(100 * commonest[-1], color=colour, linestyle=":", linewidth=1.2, label=label)
     rates.plot(*_series(log, "train/lr"), color="black")
     losses.set(title="How well are the hidden cells predicted?", ylabel="loss (cross-entropy, nats)\nlower is better")
     accuracies.set(ylabel="hidden cells named right (%)\nhigher is better")
@@ -43,7 +47,7 @@ def loss_curve(log: Sequence[dict[str, Any]], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            axes.legend(framealpha=0.9, edgecolor="none", fontsize=9)
     _save(figure, path)
 
 

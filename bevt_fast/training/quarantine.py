@@ -1,4 +1,6 @@
-"""Bad files: named once in `quarantine.jsonl`, counted, and too many of them stop the run. Never fatal alone, never silent."""
+"""Bad files: named once in `quarantine.jsonl`, counted, and too many of them stop the run. Never fatal alone, never
+silent.
+"""
 
 import json
 import logging
@@ -22,7 +24,9 @@ class Quarantine:
         return len(self._known)
 
     def add(self, records: list[dict[str, Any]]) -> None:
-        """Write down the files that no process has named before. A record has at least `stream`, `path`, `kind`, `reason`."""
+        """Write down the files that no process has named before. A record has at least `stream`, `path`, `kind`,
+        `reason`.
+        """
         self._read()
         for record in records:
             key = (record["stream"], record["path"])
@@ -40,8 +44,9 @@ class Quarantine:
             bad = [record for (name, _), record in self._known.items() if name == stream]
             if len(bad) > self.share * count:
                 return (
-                    f"{len(bad)} of {count} files of {stream} are bad, more than data.quarantine_share = {self.share:g}; "
-                    f"they are listed in {self.path}, the first is {bad[0]['path']} ({bad[0]['kind']})"
+                    f"{len(bad)} of {count} files of {stream} are bad, more than data.quarantine_share = "
+                    f"{self.share:g} allows; they are listed in {self.path}, "
+                    f"the first is {bad[0]['path']} ({bad[0]['kind']})"
                 )
         return None
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bevt_fast import config as configuration
 from bevt_fast.config import Config
 from bevt_fast.data import loader, sampling
-from bevt_fast.data.batch import JointBatch, Losses
+from bevt_fast.data.batch import Clips, Images, JointBatch, Losses
+from bevt_fast.data.sources import Source
 from bevt_fast.errors import CheckpointError, DataError, NumericalError
 from bevt_fast.training import checkpoint, distributed, schedule
 from bevt_fast.training.assemble import check_parts, fingerprint, open_engine, open_source, open_tokenizer, streams
@@ -32,12 +32,10 @@ log = logging.getLogger("bevt_fast")
 class Run:
     """Everything `train` uses; built by `build`."""
 
-    def __init__(self, config: Config, world: World, resume: str) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, sources: dict[str, Source], world: World, resume: str) -> None:
+        self.config, self.sources, self.world = config, sources, world
         self.output = Path(config.output)
         self.accumulation = configuration.accumulation(config, world.size)
-        self.sources = {name: open_source(stream) for name, stream in streams(config).items()}
-        self.stop = StopSignal()
         self._lock = prepare_output(self.output, resume, world)
         found = find_checkpoint(self.output, resume, world)
         self.tokenizer = open_tokenizer(config, self.sources, world)
@@ -77,6 +75,7 @@ class Run:
         if world.is_main:
             (self.output / "config.json").write_text(self.resolved_config())
             log.info("%s", self.describe())
+        self.stop = StopSignal()  # last: until here there is nothing to save, and a signal ends the program at once
 
     # -- the loop's questions ------------------------------------------------------------------------------------------
 
@@ -101,7 +100,8 @@ class Run:
             ).tolist()
             hidden = (images, clips)
         for micro, batch in enumerate(batches):
-            # dropped paths are drawn from torch's generator: seeded by the micro-batch's place in the step, not by its process
+            # dropped paths are drawn from torch's generator: seeded by the micro-batch's place in the step, not by
+            # its process
             torch.manual_seed(
                 sampling.random_for(
                     self.config.seed, "drop_path", step, micro * self.world.size + self.world.rank
@@ -110,7 +110,9 @@ class Run:
             yield lower(batch, self.engine.dtype), hidden
 
     def check(self, step: int, losses: list[Losses]) -> None:
-        """Count a step that changed nothing because a loss or gradient was not finite. Raises NumericalError after too many."""
+        """Count a step that changed nothing because a loss or gradient was not finite. Raises NumericalError after
+        too many.
+        """
         if self.engine.step_applied:
             self.bad_in_a_row = 0
             return
@@ -124,8 +126,8 @@ class Run:
         )
         if self.bad_in_a_row >= self.config.train.max_bad_steps:
             raise NumericalError(
-                f"{self.bad_in_a_row} steps in a row (up to step {step}) had a loss or gradient that is not finite; the weights are those of "
-                f"the last good step's checkpoint under {self.output / 'checkpoints'}; lower optim.lr or go on with --resume auto"
+                f"{self.bad_in_a_row} steps in a row (up to step {step}) had a loss or gradient that is not finite; "
+                f"lower optim.lr, or go on from the last checkpoint in {self.output} with --resume auto"
             )
 
     def log(self, step: int, losses: list[Losses]) -> None:
@@ -213,7 +215,7 @@ class Run:
         if self._lock:
             self._lock.close()
 
-    # -- what it is -----------------------------------------------------------------------------------------------------
+    # -- what it is --------------------------------------------------------------------------------------------------
 
     def steps_per_epoch(self) -> int:
         """An epoch is a pass over the clips, or over the images where there are no clips."""
@@ -233,8 +235,9 @@ class Run:
         count = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.objective.parameters())
         begin = f"going on at step {self.first_step}" if self.first_step else "starting"
         return (
-            f"{begin}: {', '.join(parts)}; {count / 1e6:.1f} M parameters; {self.last_step} steps of {self.accumulation} micro-batches on "
-            f"{self.world.size} process(es), {self.world.device.type}, {self.config.train.precision}, ZeRO {self.engine.stage}; output {self.output}"
+            f"{begin}: {', '.join(parts)}; {count / 1e6:.1f} M parameters; {self.last_step} steps of "
+            f"{self.accumulation} micro-batches on {self.world.size} process(es), {self.world.device.type}, "
+            f"{self.config.train.precision}, ZeRO {self.engine.stage}; output {self.output}"
         )
 
 
@@ -243,18 +246,21 @@ def build(config: Config, resume: str = "none") -> Run:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     configuration.accumulation(config, distributed.world_size_from_environment())
     check_parts(config)
+    sources = {name: open_source(stream) for name, stream in streams(config).items()}
     world = distributed.start(config.train.threads)
     if not world.is_main:
         logging.getLogger().setLevel(logging.ERROR)
-    return Run(config, world, resume)
+    return Run(config, sources, world, resume)
 
 
 def lower(batch: JointBatch, dtype: torch.dtype) -> JointBatch:
     """The encoder's pixels in the module's own precision; the tokenizer's stay float32."""
-    images, clips = (stream._replace(pixels=stream.pixels.to(dtype)) if stream else None for stream in batch)
-    return JointBatch(images, clips)
+    images, clips = batch
+    return JointBatch(
+        images._replace(pixels=images.pixels.to(dtype)) if images else None,
+        clips._replace(pixels=clips.pixels.to(dtype)) if clips else None,
+    )
 
 
-def _hidden(stream: "object | None", frames: int) -> float:
-    mask: Tensor | None = getattr(stream, "mask", None)
-    return 0.0 if mask is None else float(mask.sum()) * frames
+def _hidden(stream: Images | Clips | None, frames: int) -> float:
+    return float(stream.mask.sum()) * frames if stream else 0.0

@@ -19,7 +19,9 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, optim: Optim) 
 
 
 def lengths(optim: Optim, epochs: int | None, steps: int | None, steps_per_epoch: int) -> tuple[int, int]:
-    """Total steps and warm-up steps of a run; `steps` wins over `epochs`, and a shortened run warms up no longer than it lasts."""
+    """Total steps and warm-up steps of a run; `steps` wins over `epochs`, and a shortened run warms up no longer than
+    it lasts.
+    """
     total = steps if steps is not None else (epochs or 1) * steps_per_epoch
     warmup = (
         optim.warmup_steps if optim.warmup_steps is not None else round((optim.warmup_epochs or 0) * steps_per_epoch)

@@ -77,8 +77,8 @@ def sample_views(
 ) -> Iterator[Float[Tensor, "n 3 H W"]]:
     """About `count` token views in all, as many from each stream, drawn as in training. Bad files are passed over.
 
-    Yields the views of one file at a time: up to FRAMES frames of a clip, or one image. Raises DataError where no file of
-    a stream can be read.
+    Yields the views of one file at a time: up to FRAMES frames of a clip, or one image. Raises DataError where no file
+    of a stream can be read.
     """
     for name, (source, view) in streams.items():
         missing, position, bad = count // len(streams), 0, 0
@@ -92,7 +92,8 @@ def sample_views(
                 bad += 1
                 if bad >= min(len(source), PATIENCE):
                     raise DataError(
-                        f"none of {bad} files of {source.name} can be read, so no tokenizer can be fitted; the last is {error}"
+                        f"none of {bad} files of {source.name} can be read, so no tokenizer can be fitted to them; "
+                        f"the last is {error}"
                     ) from None
                 continue
             bad, missing = 0, missing - len(views)
@@ -120,7 +121,7 @@ def _frames(source: Source, index: int, view: View, rng: random.Random, _: int) 
 def _image(source: Source, index: int, view: View, rng: random.Random, seed: int) -> np.ndarray:
     """The token view (1, s, s, 3) uint8 of one training image."""
     image = read_image(source.path(index))
-    crop = draw_crop(*image.shape[:2], view, rng)
+    crop = draw_crop(image.shape[0], image.shape[1], view, rng)
     return image_views(image, crop, view.size // 2, jitter_order(seed))[1][None]
 
 

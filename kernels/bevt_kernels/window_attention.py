@@ -7,6 +7,7 @@ keep apart) is computed once and kept; what remains per call is roll, partition,
 """
 
 from functools import lru_cache
+from math import prod
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ def reference(
         logits += bias_table[rows].permute(2, 0, 1).to(precise)
         if any(mask_shift):
             regions = shift_mask((grid[0], grid[1], grid[2]), used, mask_shift, qkv.device, precise)
-            logits.view(batch, -1, *logits.shape[1:]).add_(regions[:, None])
+            logits.view(batch, len(regions), *logits.shape[1:]).add_(regions[:, None])
         out = logits.softmax(dim=-1).to(v.dtype) @ v  # (B*nW, nH, N, d)
     return _roll(_reverse(out, batch, grid, used), shift, 1)
 
@@ -65,8 +66,7 @@ def bias_rows(window: Triple, used: Triple, bias_index: BiasIndex, device: torch
         places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in axes)).view(-1, 3)
         offset = places[:, None] - places[None, :] + torch.tensor(window, device=device) - 1  # (N, N, 3)
         rows = (offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]) * (2 * window[2] - 1) + offset[..., 2]
-        count = used[0] * used[1] * used[2]
-        return rows[:count, :count].contiguous()
+        return rows[: prod(used), : prod(used)].contiguous()
 
 
 @lru_cache(maxsize=64)
@@ -78,7 +78,7 @@ def shift_mask(grid: Triple, used: Triple, shift: Triple, device: torch.device, 
             along = torch.arange(length, device=device)
             label = (along >= length - size).long() + (along >= length - step).long() if step else 0 * along
             labels += label.view([-1 if axis == a - 1 else 1 for a in range(5)]) * 3**axis
-        label = _windows(labels, used).reshape(-1, used[0] * used[1] * used[2])  # (nW, N)
+        label = _windows(labels, used).reshape(-1, prod(used))  # (nW, N)
         return torch.where(label[:, :, None] == label[:, None, :], 0.0, SEPARATED).to(dtype)
 
 
@@ -97,9 +97,10 @@ def _windows(x: Tensor, used: Triple) -> Tensor:
 
 def _partition(qkv: Tensor, used: Triple) -> tuple[Tensor, Tensor, Tensor]:
     """(B, t, h, w, 3, nH, d) -> q, k, v, each (B*nW, nH, N, d); windows and tokens in (t, h, w) order."""
-    heads, width = qkv.shape[-2:]
+    windows = _windows(qkv, used)
+    count, tokens = prod(windows.shape[:4]), prod(used)
     order = (7, 0, 1, 2, 3, 8, 4, 5, 6, 9)  # 3, B, windows, nH, tokens, d
-    q, k, v = _windows(qkv, used).permute(order).reshape(3, -1, heads, used[0] * used[1] * used[2], width)
+    q, k, v = windows.permute(order).reshape(3, count, qkv.shape[-2], tokens, qkv.shape[-1])
     return q, k, v
 
 
@@ -138,7 +139,7 @@ def window_attention(
     used = used_window(grid, window)
     if any(length % size for length, size in zip(grid, used)):
         raise ValueError(f"window_attention: the grid {grid} is not a multiple of the window {window}; pad it first")
-    rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+    rows = prod(2 * size - 1 for size in window)
     if bias_table.shape != (rows, qkv.shape[5]):
         raise ValueError(
             f"window_attention: the bias table is {tuple(bias_table.shape)} but the window {window} "

@@ -120,6 +120,8 @@ def test_states_are_uniform_at_every_frame_of_every_motion():
         for offset in (-7.5, -2.5, 7.5):
             rng = np.random.default_rng((5, motion, int(offset * 2) % 16))
             states = [shapes.state(shapes.draw_scene(rng, 0, 1).objects[0], motion, offset) for _ in range(scenes)]
+            # a radius beyond the ladder's ends would tell growing from shrinking
+            assert ((np.array(states) >= 0) & (np.array(states) <= 1)).all()
             angles = 2 * math.pi * np.array(states)
             # of a uniform angle, cosine and sine have mean 0 and variance 1/2, at the first two harmonics as well
             for harmonic in (angles, 2 * angles):

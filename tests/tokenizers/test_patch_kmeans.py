@@ -79,6 +79,18 @@ def test_a_picture_of_centroids_comes_back_whole():
     assert torch.equal(picture[0, 0, :, 8:, :8], as_pixels(tokenizer.centroids[3]))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's sums are summed on a GPU only")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_gpu_gives_the_same_logits(monkeypatch, tf32):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    tokenizer, pixels = patch_kmeans.PatchKMeans(draw(0, 128, 3, 8, 8)), as_pixels(draw(1, 70, 3, 48, 48))
+    expected, ids = tokenizer.logits(pixels), tokenizer(pixels)
+    tokenizer.cuda()
+    assert torch.equal(tokenizer.logits(pixels.cuda()).cpu(), expected)
+    assert torch.equal(tokenizer(pixels.cuda()).cpu(), ids)
+
+
 def test_any_leading_dimensions():
     tokenizer = patch_kmeans.PatchKMeans(draw(0, 12, 3, 8, 8))
     clips = as_pixels(draw(1, 2, 5, 3, 16, 24))

@@ -87,7 +87,7 @@ def test_without_a_decoder_equal_ids_and_only_they_look_alike(tmp_path: Path, fi
 
 def test_the_curve_draws_what_was_logged(tmp_path: Path, figures: list[Figure]) -> None:
     log = [{"step": step, "train/loss_video": 5.0 - step, "train/mask_acc_3d": 0.1 * step} for step in range(4)]
-    log.append({"step": 4, "val/mask_acc_3d": 0.25})
+    log.append({"step": 4, "val/mask_acc_3d": 0.25, "val/mask_acc_3d_commonest": 0.04})
     pictures.loss_curve(log, tmp_path / "curve.png")
     losses, accuracies, rates = figures[0].axes
     assert [np.asarray(line.get_ydata()).tolist() for line in losses.lines] == [[5.0, 4.0, 3.0, 2.0]]
@@ -96,6 +96,7 @@ def test_the_curve_draws_what_was_logged(tmp_path: Path, figures: list[Figure]) 
     assert legend and [label.get_text() for label in legend.get_texts()] == [
         "clips",
         "clips, never trained on: 25.0 %",
+        "clips, always the commonest token: 4.0 %",
     ]
     assert [np.size(line.get_ydata()) for line in rates.lines] == [0]
 

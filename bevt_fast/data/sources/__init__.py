@@ -3,7 +3,6 @@
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,8 @@ def build(part: Part) -> Source:
 def preflight(source: Source, allowed_share: float = 0.0) -> int:
     """Look for the files of a source before a run; returns how many of those looked for are missing.
 
-    All files of a source of up to 20,000 are looked for, 2,000 evenly spaced ones of a larger one. Raises DataError with
-    the count, the root and the first five if more than `allowed_share` of them are missing.
+    All files of a source of up to 20,000 are looked for, 2,000 evenly spaced ones of a larger one. Raises DataError
+    with the count, the root and the first five if more than `allowed_share` of them are missing.
     """
     n = len(source)
     indices = range(n) if n <= CHECK_ALL else [k * n // CHECK_SOME for k in range(CHECK_SOME)]
@@ -103,13 +102,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a folder we may not enter, a name too long
         return False
-
-
-def fingerprint(source: Source) -> str:
-    """32 hex digits of what a source lists, wherever its root is: a resumed run sees with it that the data changed."""
-    hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(f"{len(source)} {source.frames} {source.min_frames} {source.classes}".encode())
-    hasher.update("\n".join(source.paths).encode(errors="surrogateescape"))
-    for numbers in (source.labels, source.extents):
-        hasher.update(b"none" if numbers is None else np.ascontiguousarray(numbers, dtype="<i8").tobytes())
-    return hasher.hexdigest()

@@ -1,8 +1,8 @@
-"""Diving48: the json of {vid_name, label, start_frame, end_frame}, or a `path label` list. Use the V2 annotations.
+"""Diving48: the json of {vid_name, label, start_frame, end_frame}, or a `path label` list. Use the V2 files.
 
-The first release (V1) has wrong labels, and nothing in the file tells the two apart: its fields and classes are the same.
-The videos are cut to the dive already, so start_frame and end_frame, which count frames of each whole file, are not needed.
-Class ids 0 to 47 as they stand.
+V2 corrects the labels of the first release, which has the same fields: nothing in a file tells the two apart. The
+videos are cut to the dive, so start_frame and end_frame describe the whole file and are not needed. Class ids are as
+they stand in the file.
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""ImageNet-1K: class folders (`train/n01440764/*.JPEG`), or a list of `path label` such as ILSVRC2012_name_train_list.txt.
+"""ImageNet-1K: class folders (`train/n01440764/*.JPEG`), or a `path label` list (ILSVRC2012_name_train_list.txt).
 
-Class ids are the places of the sorted WordNet names, as in the official lists. `val` may be one flat folder without labels.
+Class ids are the places of the sorted WordNet names. `val` may be one flat folder, and then has no labels.
 """
 
+import re
 from typing import Literal
 
 from bevt_fast.config import Section
@@ -17,7 +18,7 @@ PLACES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
 
 
 class Options(Section):
-    """`list` is relative to the working folder, to `root`, or to the split folder; its paths to one of the latter two."""
+    """`list` is relative to the working folder, `root` or the split folder; its paths to one of the latter two."""
 
     root: str
     split: Literal["train", "val"] = "train"
@@ -36,6 +37,8 @@ def build(options: Options) -> Source:
             paths=listing.paths,
             labels=listing.labels,
         )
+    if any(re.fullmatch(r"n\d{8}", entry.name) for entry in root.iterdir()):
+        folders.append(root)  # the class folders themselves
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise DataError(f"the data folder {root} has no folder {options.split!r}; set the option 'root' to its parent")

@@ -1,9 +1,9 @@
 """Kinetics-400, however it was fetched: the official csv, a `path label` list (k400_train.txt), or class folders.
 
-The official csv (label, youtube_id, time_start, time_end, split) names videos that have since left the web: those not found
-are left out and counted in a warning. Files are found by their name `<id>_%06d_%06d` anywhere in the split's folder, so it
-does not matter whether class folders are flat, or have blanks or underscores in their names. Class ids are the places of
-the sorted class names of the whole csv.
+The official csv (label, youtube_id, time_start, time_end, split) names videos that have since left the web: those not
+found are left out and counted in a warning. Files are found by their name `<id>_%06d_%06d` anywhere in the split's
+folder, so class folders may have blanks or underscores in their names, or be missing. Class ids are the places of the
+sorted class names of the whole csv.
 """
 
 import csv

@@ -1,7 +1,7 @@
-"""Something-Something V2: the official json ({id, label, template, placeholders}), or a list (sthv2_train_list_videos.txt).
+"""Something-Something V2: the official json of {id, template, ...}, or a list (sthv2_train_list_videos.txt).
 
 The class of a video is its template without the brackets, and its id stands in labels.json. Files are `<id>.webm` or
-`<id>.mp4` anywhere below the root. SPEC 6.1 fine-tunes with the mode "uniform"; left and right matter, so flips do not suit.
+`<id>.mp4` anywhere below the root. SPEC 6.1 fine-tunes with the mode "uniform". Left and right matter in some classes.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ LABEL_FILES = ("labels.json", "something-something-v2-labels.json")
 
 
 class Options(ClipOptions):
-    """`annotations` is the official json or a list. `labels`, if not given, is looked for beside it; without, no labels."""
+    """`annotations` is the official json or a list. `labels` is looked for beside it if not given."""
 
     root: str
     annotations: str
