@@ -22,6 +22,7 @@ CROPS = [
     Crop(96, 144, 32, 80, 64, True, None),
     Crop(96, 144, 7, 33, 64, True, None),
 ]
+RESCALED = [crop._replace(height=height, width=height * 3 // 2) for crop, height in zip(CROPS, (96, 144, 120))]
 FACTORS = [(1.4, 1.3, 0.6), (0.6, 0.7, 1.4), (1.1, 0.9, 1.4)]
 
 
@@ -132,13 +133,15 @@ DALI_VIDEOS = {
 
 
 @needs_dali
+@pytest.mark.parametrize("in_graph, crops", [(True, CROPS), (False, RESCALED)])
 @pytest.mark.parametrize("name", DALI_VIDEOS)
-def test_dali_gives_the_same_bits_where_nothing_is_rescaled(name, tmp_path):
+def test_dali_gives_the_same_bits(name, in_graph, crops, tmp_path):
+    """Its decoded frames are PyAV's; so are its views, where it does not itself rescale."""
     path = media.video(tmp_path / name, size=(96, 144), **DALI_VIDEOS[name])
     assert pipeline.takes(probe(path))
     draws = [[5, 30, 7, 39], [38, 1, 4, 7], [3, 3, 0, 3]]  # any order, looped, repeated
-    views = DaliViews("clips", 64, batch=3)([Job(path, frames, crop) for frames, crop in zip(draws, CROPS)])
-    for frames, crop, found in zip(draws, CROPS, views):
+    read = DaliViews("clips", 64, batch=3, in_graph=in_graph)
+    for frames, crop, found in zip(draws, crops, read([Job(path, *draw) for draw in zip(draws, crops)])):
         assert not isinstance(found, BadFile)
         for view, expected in zip(found, pipeline_reference.clip_views(read_frames(path, frames), crop, 32)):
             np.testing.assert_array_equal(view, expected)
@@ -151,7 +154,7 @@ def test_dali_jitters_as_the_reference(order, tmp_path):
     Image.fromarray(smooth()).save(path, quality=90)
     assert pipeline.takes(probe_image(path))
     crops = [crop._replace(jitter=factors) for crop, factors in zip(CROPS, FACTORS)]
-    views = DaliViews("images", 64, 4, order)([Job(path, None, crop) for crop in (*crops, CROPS[0])])
+    views = DaliViews("images", 64, 4, order, in_graph=True)([Job(path, None, crop) for crop in (*crops, CROPS[0])])
     rescaled = read_image(path)
     for crop, found in zip(crops, views):
         assert not isinstance(found, BadFile)
@@ -185,13 +188,27 @@ def bicubic(image, height, width, a):
 
 
 @needs_dali
+def test_dali_decodes_jpegs_to_the_same_bits(tmp_path):
+    jobs, expected = [], []
+    for k, (mode, options) in enumerate([("RGB", {}), ("RGB", {"subsampling": 0, "progressive": True}), ("L", {})]):
+        path = tmp_path / f"{k}.jpg"
+        Image.fromarray(smooth()).convert(mode).save(path, quality=80, **options)
+        jobs.append(Job(path, None, RESCALED[k]._replace(jitter=FACTORS[k])))
+        expected.append(pipeline_reference.image_views(read_image(path), jobs[-1].crop, 32, (2, 1, 0)))
+    for found, views in zip(DaliViews("images", 64, 3, (2, 1, 0))(jobs), expected):
+        assert not isinstance(found, BadFile)
+        for view, reference in zip(found, views):
+            np.testing.assert_array_equal(view, reference)
+
+
+@needs_dali
 @pytest.mark.parametrize("height, width", [(112, 168), (80, 120)])
 def test_dali_rescales_with_another_bicubic_kernel(height, width, tmp_path):
     """Why rescaled pixels of the two differ: both leave out antialiasing, OpenCV has a = -0.75 and DALI a = -0.5."""
     path = tmp_path / "image.jpg"
     Image.fromarray(noise(96, 144, 3)).save(path, quality=95)
     image, crop = read_image(path), Crop(height, width, 9, 20, 64, False, None)
-    (views,) = DaliViews("images", 64, 1)([Job(path, None, crop)])
+    (views,) = DaliViews("images", 64, 1, in_graph=True)([Job(path, None, crop)])
     assert not isinstance(views, BadFile)
     opencvs, dalis = (bicubic(image, height, width, a)[9:73, 20:84] for a in (-0.75, -0.5))
     ours, _ = pipeline_reference.image_views(image, crop, 32)
