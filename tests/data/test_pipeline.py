@@ -184,7 +184,7 @@ def bicubic(image, height, width, a):
         return matrix
 
     rows, columns = weights(height, image.shape[0]), weights(width, image.shape[1])
-    return np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns).clip(0, 255)
+    return np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns, optimize=True).clip(0, 255)
 
 
 @needs_dali
