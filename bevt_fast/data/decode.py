@@ -210,9 +210,9 @@ def _open(path: str) -> "av.container.InputContainer":
     if not container.streams.video:
         container.close()
         raise BadFile("no_video", path, "holds no video stream")
-    # the loader's processes are the parallelism
-    container.streams.video[0].codec_context.thread_count = 1
-    container.streams.video[0].thread_type = "NONE"
+    codec = container.streams.video[0].codec_context
+    codec.options = {"err_detect": "explode"}  # else a damaged frame is patched up and passed off as good
+    codec.thread_count, codec.thread_type = 1, "NONE"  # the loader's processes are the parallelism
     return container
 
 

@@ -206,6 +206,25 @@ def test_a_damaged_frame_is_corrupt_and_the_others_are_not(name, packet, wanted,
         np.testing.assert_array_equal(read_frames(path, [39, 3]), good[[39, 3]])
 
 
+def test_flipped_bits_of_h264_are_noticed(tmp_path):
+    """Left to itself FFmpeg conceals most of them. Some leave a valid stream, so not all can be noticed."""
+    path = media.video(tmp_path / "h264.mp4", **VIDEOS["h264.mp4"])
+    content, good, rng = path.read_bytes(), in_order(path), np.random.RandomState(0)
+    noticed = unnoticed = 0
+    for position, size, _ in media.packets(path):
+        damaged = bytearray(content)
+        for place in position + rng.randint(size // 4, size, 2):  # past the headers
+            damaged[place] ^= 1 << rng.randint(8)
+        path.write_bytes(damaged)
+        for k in range(0, 40, 3):
+            try:
+                unnoticed += not np.array_equal(read_frames(path, [k])[0], good[k])
+            except BadFile as fault:
+                noticed += 1
+                assert fault.kind == "corrupt"
+    assert noticed > unnoticed
+
+
 def vp9_packet(path, k):
     with av.open(str(path)) as container:
         return bytes([packet for packet in container.demux(video=0) if packet.size][k])

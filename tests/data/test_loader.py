@@ -312,6 +312,22 @@ def test_a_fault_of_one_clip_does_not_condemn_the_file(folder, monkeypatch):
     assert len(bad) == 1
 
 
+def test_a_file_known_to_be_bad_is_not_opened_again(folder, tmp_path, monkeypatch):
+    data, _ = spoiled(folder, tmp_path)
+    stream = StreamReader(config(streams=("clips",)), "clips", data["clips"])
+    probe, calls, bad = decode.probe, [], []
+
+    def counting(path, *arguments):
+        calls.append(path)
+        return probe(path, *arguments)
+
+    monkeypatch.setattr(decode, "probe", counting)
+    for epoch in range(3):
+        stream.read([sampling.Place(epoch, 1)], bad)
+    assert sum(path == data["clips"].path(1) for path in calls) == 1
+    assert [record["epoch"] for record in bad if record["index"] == 1] == [0, 1, 2]
+
+
 def test_a_passing_fault_is_tried_once_more(folder, monkeypatch):
     stream = StreamReader(config(streams=("clips",)), "clips", clips(folder))
     read, calls = decode.read_frames, []
