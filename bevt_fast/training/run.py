@@ -6,6 +6,7 @@ step: going on from a checkpoint restores the engine and a number, nothing else.
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,14 +244,21 @@ class Run:
 
 def build(config: Config, resume: str = "none") -> Run:
     """Everything a run needs, cheapest first, so that a mistake is found before anything expensive starts."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    distributed.read_environment()
+    speak(is_main=os.environ["RANK"] == "0")
     configuration.accumulation(config, distributed.world_size_from_environment())
     check_parts(config)
     sources = {name: open_source(stream) for name, stream in streams(config).items()}
     world = distributed.start(config.train.threads)
-    if not world.is_main:
-        logging.getLogger().setLevel(logging.ERROR)
     return Run(config, sources, world, resume)
+
+
+def speak(is_main: bool) -> None:
+    """The first process says what it does on stderr; of the others, and of other libraries, only what is wrong."""
+    logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.captureWarnings(True)
+    if is_main:
+        log.setLevel(logging.INFO)
 
 
 def lower(batch: JointBatch, dtype: torch.dtype) -> JointBatch:
