@@ -16,9 +16,17 @@ from bevt_fast import config as configuration
 from bevt_fast.config import Config
 from bevt_fast.data import loader, sampling
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses
-from bevt_fast.errors import CheckpointError, DataError, NumericalError
+from bevt_fast.errors import CheckpointError, ConfigError, DataError, NumericalError
 from bevt_fast.training import checkpoint, distributed, schedule
-from bevt_fast.training.assemble import check_parts, fingerprint, open_engine, open_source, open_tokenizer, streams
+from bevt_fast.training.assemble import (
+    check_parts,
+    fingerprint,
+    open_engine,
+    open_heldout,
+    open_sources,
+    open_tokenizer,
+    streams,
+)
 from bevt_fast.training.distributed import StopSignal, World
 from bevt_fast.training.estimate import step_flops
 from bevt_fast.training.metrics import Metrics
@@ -35,7 +43,7 @@ class Run:
         self.config, self.world = config, world
         self.output = Path(config.output)
         self.accumulation = configuration.accumulation(config, world.size)
-        self.sources = {name: open_source(stream) for name, stream in streams(config).items()}
+        self.sources, self.heldout = open_sources(config), open_heldout(config)
         self._lock = prepare_output(self.output, resume, world)
         found = find_checkpoint(self.output, resume, world)
         self.tokenizer = open_tokenizer(config, self.sources, world)
@@ -44,6 +52,11 @@ class Run:
         lengths = schedule.lengths(config.optim, config.train.epochs, config.train.steps, steps_per_epoch)
         self.last_step, self.warmup_steps = lengths
         self.first_step = found.step if found else 0
+        if self.first_step > self.last_step:
+            raise ConfigError(
+                f"{self.output} is at step {self.first_step}, beyond the {self.last_step} steps of this configuration; "
+                "raise train.steps or train.epochs, or take --resume none"
+            )
         self.skipped = found.trainer["skipped"] if found else 0
         self.bad_in_a_row = found.trainer["bad_in_a_row"] if found else 0
         self._failed_saves = 0
@@ -155,6 +168,8 @@ class Run:
         code = distributed.agree(DataError.exit_code if verdict else self.stop.poll(), self.world.device)
         if code == DataError.exit_code:
             raise DataError(verdict or f"too many bad files, see {self.quarantine.path}")
+        if code:
+            log.warning("asked to stop: saving a checkpoint; --resume auto goes on from it")
         return code
 
     def save(self, step: int) -> None:
