@@ -75,9 +75,12 @@ def write(
         for name in (*PARTS, "MANIFEST.json"):
             _flush(aside / name)
         _flush(aside)
+        replaced = directory / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():  # the same step again, after going on from an older checkpoint
-            shutil.rmtree(final)
+            final.rename(replaced)
         aside.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _flush(directory)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,7 @@ from bevt_fast.data import loader
 from bevt_fast.data.batch import JointBatch
 from bevt_fast.errors import UserError
 from bevt_fast.training import distributed, estimate
-from bevt_fast.training.assemble import check_parts, open_source, streams
+from bevt_fast.training.assemble import check_parts, open_heldout, open_sources
 
 
 def describe(config: Config) -> Iterator[str]:
@@ -22,9 +22,11 @@ def describe(config: Config) -> Iterator[str]:
     accumulation(config, world_size)
     check_parts(config)
     yield estimate.report(config, world_size)
-    data = {name: open_source(stream) for name, stream in streams(config).items()}
+    data = open_sources(config)
     for name, source in data.items():
         yield f"{name}: {len(source):,} files of {source.name} under {source.root}"
+    for name, source in open_heldout(config).items():
+        yield f"{name}, held out: {len(source):,} files of {source.name} under {source.root}"
     batches = loader.Loader(config, data, rank=0, world_size=world_size, device=torch.device("cpu"))
     try:
         batch = next(batches)

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from bevt_fast.config import Config, Optim, deepspeed_config
-from bevt_fast.errors import MachineError
+from bevt_fast.errors import ConfigError, MachineError
 from bevt_fast.training.distributed import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -94,6 +95,9 @@ class Engine:
             made: Any = deepspeed.initialize(
                 model=objective, optimizer=optimizer, config=section, dist_init_required=True
             )
+        except ValidationError as error:
+            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise ConfigError(f"DeepSpeed refuses the section deepspeed: {error.title}: {'; '.join(faults)}") from None
         except (AssertionError, ValueError) as error:
             raise MachineError(
                 f"DeepSpeed refuses the configuration: {str(error).strip() or type(error).__name__}"

@@ -18,9 +18,17 @@ from bevt_fast.config import Config
 from bevt_fast.data import loader, sampling
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses
 from bevt_fast.data.sources import Source
-from bevt_fast.errors import CheckpointError, DataError, NumericalError
+from bevt_fast.errors import CheckpointError, ConfigError, DataError, NumericalError
 from bevt_fast.training import checkpoint, distributed, schedule
-from bevt_fast.training.assemble import check_parts, fingerprint, open_engine, open_source, open_tokenizer, streams
+from bevt_fast.training.assemble import (
+    check_parts,
+    fingerprint,
+    open_engine,
+    open_heldout,
+    open_sources,
+    open_tokenizer,
+    streams,
+)
 from bevt_fast.training.distributed import StopSignal, World
 from bevt_fast.training.estimate import step_flops
 from bevt_fast.training.metrics import Metrics
@@ -33,8 +41,10 @@ log = logging.getLogger("bevt_fast")
 class Run:
     """Everything `train` uses; built by `build`."""
 
-    def __init__(self, config: Config, sources: dict[str, Source], world: World, resume: str) -> None:
-        self.config, self.sources, self.world = config, sources, world
+    def __init__(
+        self, config: Config, sources: dict[str, Source], heldout: dict[str, Source], world: World, resume: str
+    ) -> None:
+        self.config, self.sources, self.heldout, self.world = config, sources, heldout, world
         self.output = Path(config.output)
         self.accumulation = configuration.accumulation(config, world.size)
         self._lock = prepare_output(self.output, resume, world)
@@ -45,6 +55,11 @@ class Run:
         lengths = schedule.lengths(config.optim, config.train.epochs, config.train.steps, steps_per_epoch)
         self.last_step, self.warmup_steps = lengths
         self.first_step = found.step if found else 0
+        if self.first_step > self.last_step:
+            raise ConfigError(
+                f"{self.output} is at step {self.first_step}, beyond the {self.last_step} steps of this configuration; "
+                "raise train.steps or train.epochs, or take --resume none"
+            )
         self.skipped = found.trainer["skipped"] if found else 0
         self.bad_in_a_row = found.trainer["bad_in_a_row"] if found else 0
         self._failed_saves = 0
@@ -156,6 +171,8 @@ class Run:
         code = distributed.agree(DataError.exit_code if verdict else self.stop.poll(), self.world.device)
         if code == DataError.exit_code:
             raise DataError(verdict or f"too many bad files, see {self.quarantine.path}")
+        if code:
+            log.warning("asked to stop: saving a checkpoint; --resume auto goes on from it")
         return code
 
     def save(self, step: int) -> None:
@@ -248,9 +265,9 @@ def build(config: Config, resume: str = "none") -> Run:
     speak(is_main=os.environ["RANK"] == "0")
     configuration.accumulation(config, distributed.world_size_from_environment())
     check_parts(config)
-    sources = {name: open_source(stream) for name, stream in streams(config).items()}
+    sources, heldout = open_sources(config), open_heldout(config)
     world = distributed.start(config.train.threads)
-    return Run(config, sources, world, resume)
+    return Run(config, sources, heldout, world, resume)
 
 
 def speak(is_main: bool) -> None:
