@@ -95,13 +95,12 @@ class Engine:
             made: Any = deepspeed.initialize(
                 model=objective, optimizer=optimizer, config=section, dist_init_required=True
             )
-        except ValidationError as error:
-            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-            raise ConfigError(f"DeepSpeed refuses the section deepspeed: {error.title}: {'; '.join(faults)}") from None
+        except ValidationError as error:  # a value of the `deepspeed` section
+            faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            raise ConfigError(f"deepspeed: {error.title} refuses {'; '.join(faults)}") from error
         except (AssertionError, ValueError) as error:
-            raise MachineError(
-                f"DeepSpeed refuses the configuration: {str(error).strip() or type(error).__name__}"
-            ) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise MachineError(f"DeepSpeed refuses the configuration: {reason}") from error
         self.engine, self.optimizer = made[:2]
         self.inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         self._allocate_moments()

@@ -2,6 +2,7 @@
 silent.
 """
 
+import fcntl
 import json
 import logging
 from pathlib import Path
@@ -28,13 +29,17 @@ class Quarantine:
         `reason`.
         """
         self._read()
-        for record in records:
-            key = (record["stream"], record["path"])
-            if key in self._known:
-                continue
-            self._known[key] = record
-            log.warning("quarantined %s: %s: %s", record["path"], record["kind"], record["reason"])
-            with self.path.open("a") as file:
+        if all((record["stream"], record["path"]) in self._known for record in records):
+            return
+        with self.path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # processes that meet the same file in the same step
+            self._read()
+            for record in records:
+                key = (record["stream"], record["path"])
+                if key in self._known:
+                    continue
+                self._known[key] = record
+                log.warning("quarantined %s: %s: %s", record["path"], record["kind"], record["reason"])
                 file.write(json.dumps(record) + "\n")
 
     def verdict(self) -> str | None:

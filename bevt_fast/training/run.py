@@ -106,7 +106,7 @@ class Run:
 
     def micro_batches(self, step: int) -> Iterator[tuple[JointBatch, tuple[float, float] | None]]:
         """The micro-batches of one step, and for a global mean how many positions each stream hides per micro-batch."""
-        batches: Iterator[JointBatch] | list[JointBatch] = (next(self.batches) for _ in range(self.accumulation))
+        batches: Iterator[JointBatch] | list[JointBatch] = (self._next_batch() for _ in range(self.accumulation))
         hidden = None
         if self.config.train.loss_mean == "global":
             batches = list(batches)
@@ -124,6 +124,13 @@ class Run:
                 ).getrandbits(63)
             )
             yield lower(batch, self.engine.dtype), hidden
+
+    def _next_batch(self) -> JointBatch:
+        try:
+            return next(self.batches)
+        except DataError:  # the loader has met too many bad files; they are written down before the run ends
+            self.quarantine.add(self.batches.bad_files)
+            raise
 
     def check(self, step: int, losses: list[Losses]) -> None:
         """Count a step that changed nothing because a loss or gradient was not finite. Raises NumericalError after

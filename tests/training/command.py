@@ -50,6 +50,9 @@ def train_here(*arguments: str | Path) -> int:
     threads, path = torch.get_num_threads(), list(sys.path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     level = logging.getLogger().level
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.stream = sys.stdout  # the one of its first import is closed when that test is over
     try:
         with mock.patch.object(sys, "argv", [str(TRAIN), *map(str, arguments)]):
             runpy.run_path(str(TRAIN), run_name="__main__")

@@ -116,28 +116,26 @@ def check(world: World, precision: str, stage: int) -> dict[str, bool]:
     """Every statement of test_engine.py about one precision and stage, as seen by this process."""
     found: dict[str, bool] = {}
     engine = make(world, precision, stage)
-    for number in range(2):
-        step(engine, world, number)
+    step(engine, world, 0)
     before = state_of(engine)
     found["moments are there"] = all(bool(value.any()) for name, value in before[1].items() if "head" in name)
     module = module_of(engine)
     for bad in ("nan", "inf"):
-        step(engine, world, 2, bad)
+        step(engine, world, 1, bad)
         found[f"{bad}: skipped"] = not engine.step_applied and math.isnan(engine.grad_norm())
         found[f"{bad}: module unchanged"] = same(module_of(engine), module)
     found["weights, moments and counters unchanged"] = same(carried(state_of(engine)), carried(before))
-    found["losses after it are finite"] = all(map(math.isfinite, step(engine, world, 2)))
+    found["losses after it are finite"] = all(map(math.isfinite, step(engine, world, 1)))
     found["next step applied"] = engine.step_applied and math.isfinite(engine.grad_norm())
     after = state_of(engine)
     found["next step changes every weight"] = all(not same(value, before[0][name]) for name, value in after[0].items())
     found["next step is finite"] = all(
         bool(value.isfinite().all()) for value in (*after[0].values(), *after[1].values())
     )
-    found["next step is counted once"] = after[2]["adam_step"] == before[2]["adam_step"] + 1 == 3
+    found["next step is counted once"] = after[2]["adam_step"] == before[2]["adam_step"] + 1 == 2
 
     again = make(world, precision, stage, before)
-    found["state in and out"] = same(state_of(again), before)
-    step(again, world, 2)
+    step(again, world, 1)
     found["goes on bit by bit"] = same(carried(state_of(again)), carried(after))
     found["module goes on bit by bit"] = same(module_of(again), module_of(engine))
 
