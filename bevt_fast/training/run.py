@@ -232,8 +232,8 @@ class Run:
         self.save(self.last_step)
         if self._saved_step != self.last_step:
             raise CheckpointError(
-                f"the last checkpoint could not be written under {self.output}; make room, and --resume auto trains the "
-                "steps since the one before again"
+                f"the last checkpoint could not be written under {self.output}; make room, and --resume auto trains "
+                "the steps since the one before again"
             )
         finish(self)
 
