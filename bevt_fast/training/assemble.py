@@ -4,6 +4,7 @@ import hashlib
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def open_tokenizer(config: Config, data: dict[str, Source], world: World) -> Tok
 
 
 def open_engine(
-    config: Config, tokenizer: Tokenizer, world: World, found: Checkpoint | None, fingerprints: dict
+    config: Config, tokenizer: Tokenizer, world: World, found: Checkpoint | None, fingerprints: dict[str, Any]
 ) -> Engine:
     """The objective under DeepSpeed, from initial weights, from `model.weights`, or as a checkpoint left it."""
     torch.manual_seed(config.seed)
@@ -107,9 +108,17 @@ def open_engine(
     return engine
 
 
-def require_same_data(found: Checkpoint, fingerprints: dict) -> None:
-    """The same lists give the same samples; other lists would silently give others. Raises CheckpointError."""
-    for stream, now in fingerprints.items():
+def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
+    """The same lists give the same samples, and the same tokenizer the same targets; others would silently give
+    others. Raises CheckpointError.
+    """
+    name = fingerprints["tokenizer"]
+    if found.trainer.get("tokenizer", name) != name:
+        raise CheckpointError(
+            f"{found.path}: the tokenizer's weights are not those this run began with; bring them back, or begin a new "
+            f"run with model.weights = {found.path / 'model.safetensors'}"
+        )
+    for stream, now in fingerprints["data"].items():
         then = found.trainer.get("data", {}).get(stream)
         if then != now:
             raise CheckpointError(
@@ -126,6 +135,16 @@ def fingerprint(source: Source) -> dict[str, str | int]:
     if source.extents is not None:
         digest.update(source.extents.tobytes())
     return {"files": len(source), "sha256": digest.hexdigest()}
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """A digest of the tokenizer's numbers, whatever file they came from; "" for one that has none."""
+    digest = hashlib.sha256()
+    state = tokenizer.state_dict() if isinstance(tokenizer, torch.nn.Module) else {}
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest() if state else ""
 
 
 def build_objective(config: Config, vocab_size: int, initialise: bool = True) -> JointObjective:

@@ -28,6 +28,7 @@ from bevt_fast.training.assemble import (
     open_sources,
     open_tokenizer,
     streams,
+    tokenizer_fingerprint,
 )
 from bevt_fast.training.distributed import StopSignal, World
 from bevt_fast.training.estimate import step_flops
@@ -65,7 +66,14 @@ class Run:
         self._failed_saves = 0
         self._saved_step = self.first_step if found else -1
 
-        self.engine = open_engine(config, self.tokenizer, world, found, self.fingerprints())
+        self._fingerprints = {
+            "data": {name: fingerprint(source) for name, source in self.sources.items()},
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
+        self.engine = open_engine(config, self.tokenizer, world, found, self._fingerprints)
+        if found and world.is_main:
+            for path in checkpoint.set_aside(self.output / "checkpoints", self.first_step):
+                log.warning("going on from step %d, so a later checkpoint is set aside: %s", self.first_step, path)
         self.quarantine = Quarantine(
             self.output / "quarantine.jsonl",
             {name: len(s) for name, s in self.sources.items()},
@@ -189,12 +197,15 @@ class Run:
         weights, moments, scalars = self.engine.weights(), self.engine.moments(), self.engine.scalars()
         failure = ""
         if self.world.is_main:
-            trainer = scalars | {
-                "skipped": self.skipped,
-                "bad_in_a_row": self.bad_in_a_row,
-                "world_size": self.world.size,
-                "data": self.fingerprints(),
-            }
+            trainer = (
+                scalars
+                | {
+                    "skipped": self.skipped,
+                    "bad_in_a_row": self.bad_in_a_row,
+                    "world_size": self.world.size,
+                }
+                | self._fingerprints
+            )
             try:
                 checkpoint.write(
                     self.output / "checkpoints",
@@ -229,6 +240,11 @@ class Run:
         from bevt_fast.training.ending import finish
 
         self.save(self.last_step)
+        if self._saved_step != self.last_step:
+            raise CheckpointError(
+                f"the last checkpoint could not be written under {self.output}; make room, and --resume auto trains "
+                "the steps since the one before again"
+            )
         finish(self)
 
     def close(self) -> None:
@@ -247,10 +263,6 @@ class Run:
         name = "clips" if self.config.clips else "images"
         stream = streams(self.config)[name]
         return max(1, len(self.sources[name]) // stream.batch)
-
-    def fingerprints(self) -> dict[str, dict[str, str | int]]:
-        """What the sample order depends on: each stream's list."""
-        return {name: fingerprint(source) for name, source in self.sources.items()}
 
     def resolved_config(self) -> str:
         return self.config.model_dump_json(indent=2, exclude_none=True)
