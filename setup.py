@@ -1,4 +1,4 @@
-"""Two packages: bevt_fast, and bevt_kernels, which is usable alone (torch + triton + einops)."""
+"""Two packages: bevt_fast, and bevt_kernels, which is usable alone (torch + triton)."""
 
 import re
 from pathlib import Path
@@ -9,12 +9,13 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "bevt_fast/__init__.py").read_text())[1]
 
 train = [
-    "av>=18", "deepspeed>=0.19.8", "jaxtyping", "matplotlib", "ninja", "numpy", "opencv-python-headless",
-    "psutil", "pydantic>=2.7", "safetensors", "setuptools", "tensorboard", "tqdm",
+    "av>=18", "deepspeed>=0.19.8", "einops", "jaxtyping", "matplotlib", "numpy", "opencv-python-headless",
+    "pillow", "pydantic>=2.7", "safetensors", "tensorboard", "tqdm",
 ]  # fmt: skip
 dali = ["nvidia-dali-cuda130>=2.4"]
 gpu = [*dali, "xformers>=0.0.35"]
-test = ["attrs", "dall-e==0.1", "monai", "pyright", "pytest", "pytest-timeout", "ruff", "torchvision>=0.28"]
+test = ["attrs", "dall-e==0.1", "monai", "pytest", "pytest-timeout", "torchvision>=0.26"]
+dev = ["pre-commit", "pyright", "ruff"]
 
 setup(
     name="bevt_fast",
@@ -25,7 +26,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[*find_packages(include=["bevt_fast", "bevt_fast.*"]), "bevt_kernels"],
+    package_data={"bevt_fast": ["py.typed"], "bevt_kernels": ["py.typed"]},
     package_dir={"bevt_kernels": "kernels/bevt_kernels"},
-    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "einops"],
-    extras_require={"train": train, "dali": dali, "gpu": gpu, "test": test, "all": [*train, *dali, *test]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={
+        "train": train,
+        "dali": dali,
+        "gpu": gpu,
+        "test": test,
+        "dev": dev,
+        "all": [*train, *dali, *test],
+    },
 )

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bevt_fast import __version__
 from bevt_fast.errors import ConfigError
+from bevt_fast.refusals import sentences
 
 
 class Section(BaseModel):
@@ -27,7 +28,9 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Real = Annotated[float, Field(strict=True)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
 Window = tuple[Positive, Positive, Positive]
 
 
@@ -67,7 +70,7 @@ class Stream(Section):
     mask: Part
     batch: Positive
     micro_batch: Positive
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[Real, Field(gt=0)] = 1.0
     view: View = View()
     heldout: Part | None = None  # a source of samples never trained on, scored at the end
 
@@ -78,7 +81,7 @@ class CustomSize(Section):
     embed_dim: Positive
     depths: tuple[Positive, Positive, Positive, Positive]
     heads: tuple[Positive, Positive, Positive, Positive]
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_ratio: Annotated[Real, Field(gt=0)] = 4.0
 
 
 class Model(Section):
@@ -99,15 +102,15 @@ class Model(Section):
 class Optim(Section):
     """AdamW and its schedule (SPEC 5.2): linear warm-up from `warmup_start` times the rate, cosine to `min_lr`."""
 
-    lr: Annotated[float, Field(gt=0)]
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    grad_clip: Annotated[float, Field(ge=0)] = 3.0
-    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    lr: Annotated[Real, Field(gt=0)]
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.05
+    grad_clip: Annotated[Real, Field(ge=0)] = 3.0
+    warmup_epochs: Annotated[Real, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0, strict=True)] | None = None
     warmup_start: Share = 0.1
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[Real, Field(ge=0)] = 0.0
     decay_biases: bool = True  # SPEC 5.2: only norms and bias tables are spared; BEiT spares biases too
 
     @model_validator(mode="after")
@@ -123,7 +126,7 @@ class Train(Section):
     """
 
     epochs: Positive | None = None
-    steps: Positive | None = None  # wins over epochs
+    steps: Annotated[Positive, Field(lt=10**8)] | None = None  # wins over epochs; checkpoints have eight digits
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     loss_mean: Literal["rank", "global"] = (
         "rank"  # SPEC 4 (X9): mean per micro-batch as official, or over all hidden positions
@@ -155,8 +158,8 @@ class Data(Section):
 class Config(Section):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
-    output: str
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    output: Annotated[str, Field(min_length=1)]
     clips: Stream | None = None
     images: Stream | None = None
     tokenizer: Part
@@ -173,6 +176,17 @@ class Config(Section):
         deepspeed_section(self.deepspeed)
         return self
 
+    @model_validator(mode="after")
+    def _official_images_fit(self) -> "Config":
+        if self.images is not None and self.model.image_attention == "official":
+            sides = [32 * window for window in self.model.window[1:]]
+            if any(self.images.view.size % side for side in sides):
+                raise ValueError(
+                    f"model.image_attention 'official' cannot pad (SPEC 1.5): images.view.size {self.images.view.size} "
+                    f"is no multiple of {max(sides)}; change the size or model.window, or use image_attention 't1'"
+                )
+        return self
+
 
 # DeepSpeed key -> the key of ours that owns its value
 OWNERS = {
@@ -185,11 +199,29 @@ OWNERS = {
     "optimizer": "optim",
     "scheduler": "optim",
 }
+# further keys of DeepSpeed's own; it ignores what it does not know, so one that is nearly one of these is a mistake
+DEEPSPEED_KEYS = (
+    "activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type "
+    "compression_training csv_monitor data_efficiency data_types dump_state elasticity flops_profiler fp16 "
+    "gradient_predivide_factor memory_breakdown prescale_gradients sparse_gradients steps_per_print "
+    "tensorboard torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer "
+    "zero_force_ds_cpu_optimizer zero_optimization"
+).split()
 
 
 def deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed section without its "auto" values. Raises ValueError where it sets what another key owns."""
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in section.items()}
+    known = {*DEEPSPEED_KEYS, *OWNERS}
+    for key in kept.keys() - known:
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f"deepspeed has no key {key!r}; did you mean {near[0]!r}?")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(kept.get(key, {}), dict):
+            raise ValueError(f"deepspeed.{key} must be an object of keys, got {kept[key]!r}")
+    stage = kept.get("zero_optimization", {}).get("stage", 1)
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise ValueError(f"deepspeed.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     for key, owner in OWNERS.items():
         *outer, last = key.split(".")
         place: Any = kept
@@ -271,12 +303,7 @@ def parse(section: type[AnySection], values: dict[str, Any], where: str) -> AnyS
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        sentences = []
-        for fault in error.errors():
-            sentence = f"{where}: {_sentence(section, fault)}"
-            if sentence not in sentences:
-                sentences.append(sentence)
-        raise ConfigError("\n".join(sentences)) from None
+        raise ConfigError("\n".join(f"{where}: {sentence}" for sentence in sentences(section, error))) from None
 
 
 def open_part(room: str, part: Part) -> tuple[Any, Any]:
@@ -343,38 +370,3 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {name!r} is {inner!r}, which has no keys")
         place = inner
     place[last] = value
-
-
-def _sentence(section: type[BaseModel], fault: Any) -> str:
-    """One pydantic fault in our words: 'Config has no key 'clip'; did you mean 'clips'?'."""
-    # union branches appear in the location as class names; keys of the file never start with a capital or hold a
-    # bracket
-    path = [str(step) for step in fault["loc"] if not (isinstance(step, str) and (step[:1].isupper() or "[" in step))]
-    owner = _section_at(section, path[:-1])
-    prefix = "".join(f"{step}: " for step in path[:-1])
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], owner.model_fields, n=1, cutoff=0.5) if owner else []
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(owner.model_fields)}" if owner else ""
-        return f"{prefix}{owner.__name__ if owner else 'this section'} has no key {path[-1]!r}{hint}"
-    if fault["type"] == "missing":
-        return f"{prefix}{owner.__name__ if owner else 'this section'} needs the key {path[-1]!r}"
-    where = "".join(f"{step}: " for step in path)
-    if fault["type"] == "literal_error":
-        return f"{where}expected one of {fault['ctx']['expected']}, got {fault['input']!r}".replace(" or ", ", ")
-    if fault["type"] == "value_error":
-        return f"{where}{fault['ctx']['error']}"
-    return f"{where}{fault['msg'][:1].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
-
-
-def _section_at(section: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
-    """The section type at `path` below `section`, to name it and its keys."""
-    for step in path:
-        field = section.model_fields.get(step)
-        if field is None:
-            return None
-        kinds = [field.annotation, *typing.get_args(field.annotation)]
-        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not sections:
-            return None
-        section = sections[0]
-    return section

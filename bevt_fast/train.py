@@ -72,7 +72,8 @@ def main(config: Config, resume: str = "none", dry_run: bool = False) -> int:
     if dry_run:
         from bevt_fast.training.dry_run import describe
 
-        print(describe(config))
+        for paragraph in describe(config):
+            print(paragraph, flush=True)
         return 0
     run = build(config, resume)
     try:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # from the ground up; a module may import its own floor and what stands below it
 FLOORS = [
     ("bevt_kernels",),
-    ("bevt_fast.errors",),
+    ("bevt_fast.errors", "bevt_fast.refusals"),
     ("bevt_fast.config",),
     ("bevt_fast.data",),
     ("bevt_fast.tokenizers",),
@@ -27,6 +27,7 @@ DOORS = {"deepspeed": ("bevt_fast.training.engine",), "nvidia": ("bevt_fast.data
 GROUND = {
     "bevt_kernels": ("torch", "triton"),
     "bevt_fast.errors": (),
+    "bevt_fast.refusals": ("pydantic",),
     "bevt_fast.config": ("pydantic",),
 }
 OPEN_ROOMS = ("bevt_fast.data.masking", "bevt_fast.data.sources", "bevt_fast.tokenizers")

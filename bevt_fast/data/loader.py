@@ -7,10 +7,11 @@ on its device. Which process reads what changes no batch: that is decided in `re
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import cv2
@@ -37,7 +38,7 @@ class Loader:
     def __init__(
         self,
         config: Config,
-        sources: dict[str, Source | None],
+        sources: Mapping[str, Source | None],
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -47,9 +48,7 @@ class Loader:
     ):
         self.waited = 0.0  # seconds spent waiting for data; the reader sets it back to 0
         self.device = torch.device(device)
-        self.share = config.data.quarantine_share
         self._records: list[dict[str, Any]] = []
-        self._bad_paths: dict[str, set[str]] = {"clips": set(), "images": set()}
         self._feeds: dict[str, _Feed] = {}
         for name in ("clips", "images"):
             source = sources.get(name)
@@ -68,8 +67,8 @@ class Loader:
         start = time.perf_counter()
         items = {name: feed.next() for name, feed in self._feeds.items()}
         self.waited += time.perf_counter() - start
-        for name, item in items.items():
-            self._note(name, item["bad"])
+        for item in items.values():
+            self._records += item["bad"]
         return JointBatch(
             images=self._images(items["images"]) if "images" in items else None,
             clips=self._clips(items["clips"]) if "clips" in items else None,
@@ -90,17 +89,6 @@ class Loader:
         """Ends the worker processes. The loader gives no batch afterwards."""
         for feed in self._feeds.values():
             feed.close()
-
-    def _note(self, name: str, records: list[dict[str, Any]]) -> None:
-        self._records += records
-        paths, source = self._bad_paths[name], self._feeds[name].reader.source
-        paths.update(record["path"] for record in records)
-        if len(paths) > self.share * len(source):
-            last = f"{records[-1]['path']} ({records[-1]['kind']}: {records[-1]['reason']})" if records else ""
-            raise DataError(
-                f"{name}: {len(paths)} of the {len(source)} files of the source {source.name!r} cannot be read, more "
-                f"than data.quarantine_share {self.share:g} allows; the last one is {last}"
-            )
 
     def _images(self, item: dict[str, Any]) -> Images:
         pixels, token_pixels, mask = (item[k].to(self.device, non_blocking=True) for k in Images._fields)
@@ -129,8 +117,8 @@ class _Feed:
                 self._start()
             try:
                 item = next(self._items)  # type: ignore[arg-type]
-            except RuntimeError as error:
-                if all(worker.is_alive() for worker in self._workers):
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker's batch cannot be fetched
+                if not multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=1.0):
                     raise  # an error inside a worker, not its death
                 self._restart(error)
                 continue
@@ -166,12 +154,12 @@ class _Feed:
             self._items = iter(loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
 
-    def _restart(self, error: RuntimeError) -> None:
+    def _restart(self, error: Exception) -> None:
         self.close()
         self.restarts += 1
         if self.restarts > MAX_RESTARTS:
             raise DataError(
-                f"{self.reader.name}: a loader process died {self.restarts} times ({str(error).splitlines()[0]}); "
+                f"{self.reader.name}: a loader process died {self.restarts} times ({_first_line(error)}); "
                 "if memory or /dev/shm ran out, lower data.workers or data.prefetch"
             ) from None
 
@@ -184,6 +172,10 @@ class _From(Iterable[int]):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self.first)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _as_it_is(item: Any) -> Any:

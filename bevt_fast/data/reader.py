@@ -161,8 +161,10 @@ class StreamReader(Dataset):
         return pipeline_reference.clip_views(frames, drawn.crop, token_size)
 
     def record(self, error: BadFile, epoch: int, file: int, substitute: int) -> dict[str, Any]:
-        """One line of quarantine.jsonl."""
-        fault = {"stream": self.name, "path": error.path, "kind": error.kind, "reason": error.reason}
+        """One line of quarantine.jsonl. The path is the sample's, also where a file inside it is at fault."""
+        path = str(self.source.path(file))
+        reason = error.reason if error.path == path else f"{error.path}: {error.reason}"
+        fault = {"stream": self.name, "path": path, "kind": error.kind, "reason": reason}
         return fault | {"epoch": epoch, "index": file, "substitute": substitute}
 
     def _probed(self, file: int) -> Probe:

@@ -2,15 +2,17 @@
 
 import hashlib
 import logging
+import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bevt_fast import tokenizers
-from bevt_fast.config import Config, Stream, open_part
-from bevt_fast.data import sources
+from bevt_fast.config import Config, Part, Stream, open_part
+from bevt_fast.data import masking, sources
 from bevt_fast.data.sources import Source
-from bevt_fast.errors import CheckpointError
+from bevt_fast.errors import CheckpointError, ConfigError, DataError, UserError
 from bevt_fast.models import official
 from bevt_fast.models.bevt import Bevt
 from bevt_fast.models.video_swin import VideoSwinConfig
@@ -22,6 +24,8 @@ from bevt_fast.training.distributed import World
 from bevt_fast.training.engine import Engine
 
 log = logging.getLogger("bevt_fast")
+
+MASKS = 50  # drawn to see whether a mask hides anything
 
 
 def streams(config: Config) -> dict[str, Stream]:
@@ -36,12 +40,38 @@ def check_parts(config: Config) -> None:
         for room, part in (("masking", stream.mask), ("sources", stream.source), ("sources", stream.heldout)):
             if part is not None:
                 open_part(f"bevt_fast.data.{room}", part)
+    for name, stream in streams(config).items():
+        _check_mask(name, stream)
 
 
-def open_source(stream: Stream) -> Source:
-    """The stream's source, its root looked at. Raises DataError before anything expensive starts."""
-    source = sources.build(stream.source)
-    sources.preflight(source, 0.5)
+def _check_mask(name: str, stream: Stream) -> None:
+    """Raises ConfigError for a mask of the other stream, and for one that leaves nothing to predict."""
+    draw, side = masking.build(stream.mask), stream.view.size // 16
+    steps = None if name == "images" else 4
+    if not any(draw((side, side), steps, random.Random(number)).any() for number in range(MASKS)):
+        raise ConfigError(
+            f"{name}.mask hides none of the {side} x {side} cells of a view of {stream.view.size} pixels; "
+            "raise its ratio, lower its min_block, or take a larger view"
+        )
+
+
+def open_sources(config: Config) -> dict[str, Source]:
+    """The training source of each stream, its root looked at. Raises DataError before anything expensive starts."""
+    return {name: _open_source(config, name, stream.source) for name, stream in streams(config).items()}
+
+
+def open_heldout(config: Config) -> dict[str, Source]:
+    """The held-out source of each stream that has one: scored at the end, looked at before the beginning."""
+    parts = {name: stream.heldout for name, stream in streams(config).items()}
+    return {name: _open_source(config, name, part, ".heldout") for name, part in parts.items() if part}
+
+
+def _open_source(config: Config, stream: str, part: Part, key: str = ".source") -> Source:
+    source = sources.build(part)
+    kind = "images" if source.frames is None else "clips"
+    if kind != stream:
+        raise ConfigError(f"{stream}{key} {part.name!r} gives {kind}; name a source of {stream}, or set its kind")
+    sources.preflight(source, config.data.quarantine_share)
     return source
 
 
@@ -49,14 +79,19 @@ def open_tokenizer(config: Config, data: dict[str, Source], world: World) -> Tok
     """The frozen tokenizer; one that may be fitted on the run's own data is fitted by the first process if it is not
     there.
     """
+    failure: UserError | None = None
     if world.is_main:
-        tokenizer_fit.fit_if_missing(config, data)
-    distributed.barrier()
+        try:
+            tokenizer_fit.fit_if_missing(config, data)
+        except UserError as error:
+            failure = error
+    if distributed.agree(int(failure is not None), world.device):
+        raise failure or DataError("the first process could not fit the tokenizer; it says why")
     return tokenizers.build(config.tokenizer).to(world.device)
 
 
 def open_engine(
-    config: Config, tokenizer: Tokenizer, world: World, found: Checkpoint | None, fingerprints: dict
+    config: Config, tokenizer: Tokenizer, world: World, found: Checkpoint | None, fingerprints: dict[str, Any]
 ) -> Engine:
     """The objective under DeepSpeed, from initial weights, from `model.weights`, or as a checkpoint left it."""
     torch.manual_seed(config.seed)
@@ -73,9 +108,17 @@ def open_engine(
     return engine
 
 
-def require_same_data(found: Checkpoint, fingerprints: dict) -> None:
-    """The same lists give the same samples; other lists would silently give others. Raises CheckpointError."""
-    for stream, now in fingerprints.items():
+def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
+    """The same lists give the same samples, and the same tokenizer the same targets; others would silently give
+    others. Raises CheckpointError.
+    """
+    name = fingerprints["tokenizer"]
+    if found.trainer.get("tokenizer", name) != name:
+        raise CheckpointError(
+            f"{found.path}: the tokenizer's weights are not those this run began with; bring them back, or begin a new "
+            f"run with model.weights = {found.path / 'model.safetensors'}"
+        )
+    for stream, now in fingerprints["data"].items():
         then = found.trainer.get("data", {}).get(stream)
         if then != now:
             raise CheckpointError(
@@ -92,6 +135,16 @@ def fingerprint(source: Source) -> dict[str, str | int]:
     if source.extents is not None:
         digest.update(source.extents.tobytes())
     return {"files": len(source), "sha256": digest.hexdigest()}
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """A digest of the tokenizer's numbers, whatever file they came from; "" for one that has none."""
+    digest = hashlib.sha256()
+    state = tokenizer.state_dict() if isinstance(tokenizer, torch.nn.Module) else {}
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest() if state else ""
 
 
 def build_objective(config: Config, vocab_size: int, initialise: bool = True) -> JointObjective:
@@ -114,19 +167,20 @@ def build_objective(config: Config, vocab_size: int, initialise: bool = True) ->
 
 def initial_weights(model: Bevt, path: str) -> str:
     """Start from a checkpoint file, a `step_XXXXXXXX` directory or the output of a run; returns what was taken and
-    what not.
+    what not. Of a checkpoint of ours the digests are checked, and a damaged one at the end of a run is passed over.
     """
     place = Path(path)
-    if (place / "checkpoints").is_dir():
-        found = checkpoint.commits(place / "checkpoints")
-        if not found:
-            raise CheckpointError(f"model.weights: {path} holds no checkpoint yet; train it first, or name a file")
-        place = found[-1]
-    if place.is_dir():
-        place = place / "model.safetensors"
-    if not place.is_file():
+    if not place.exists():
         raise CheckpointError(
             f"model.weights: {path} is not there; train stage one (configs/image.json) first, name a weights file, "
             "or drop the key (--set model.weights=null) to start from random weights"
         )
-    return f"initial weights from {place}: {official.initialise(model, official.read(place), model.config)}"
+    if place.is_dir():
+        within = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+        found = checkpoint.read(place) if (place / "MANIFEST.json").exists() else checkpoint.newest_valid(within)
+        if found is None:
+            raise CheckpointError(f"model.weights: {path} holds no checkpoint yet; train it first, or name a file")
+        place, weights = found.path, found.weights
+    else:
+        weights = official.read(place)
+    return f"initial weights from {place}: {official.initialise(model, weights, model.config)}"

@@ -75,9 +75,12 @@ def write(
         for name in (*PARTS, "MANIFEST.json"):
             _flush(aside / name)
         _flush(aside)
+        replaced = directory / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():  # the same step again, after going on from an older checkpoint
-            shutil.rmtree(final)
+            final.rename(replaced)
         aside.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _flush(directory)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
@@ -93,6 +96,21 @@ def commits(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+
+
+def set_aside(directory: Path, step: int) -> list[Path]:
+    """Rename the commits beyond `step` to `step_XXXXXXXX.aside`; returns the new names.
+
+    A run that goes on from an earlier one than the newest would lose its own commits to them, which are older, and
+    would be resumed from them.
+    """
+    moved = []
+    for path in commits(directory):
+        if int(path.name.removeprefix("step_")) > step:
+            aside = path.with_name(f"{path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
 
 
 def newest_valid(directory: Path) -> Checkpoint | None:

@@ -31,7 +31,11 @@ class World(NamedTuple):
 
 def world_size_from_environment() -> int:
     """How many processes the launcher started, known before any of them has met another."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    started_by_srun = "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ
+    text = os.environ.get("WORLD_SIZE" if "RANK" in os.environ or not started_by_srun else "SLURM_NTASKS") or "1"
+    if not text.isdecimal() or not int(text):
+        raise MachineError(f"the number of processes is {text!r}; start them with deepspeed, torchrun or srun")
+    return int(text)
 
 
 def read_environment() -> None:
@@ -59,6 +63,9 @@ def read_environment() -> None:
             f"RANK is set but {', '.join(missing)} is not; start the processes with deepspeed, torchrun or srun"
         )
     environment.setdefault("LOCAL_RANK", "0")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not environment[name].isdecimal():
+            raise MachineError(f"{name} is {environment[name]!r}; start the processes with deepspeed, torchrun or srun")
 
 
 def first_node(nodes: str) -> str:

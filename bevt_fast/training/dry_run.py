@@ -1,5 +1,7 @@
 """--dry-run: what would be computed, on what, from which files, without a GPU, without DeepSpeed, without a step."""
 
+from collections.abc import Iterator
+
 import torch
 
 from bevt_fast import tokenizers
@@ -8,28 +10,31 @@ from bevt_fast.data import loader
 from bevt_fast.data.batch import JointBatch
 from bevt_fast.errors import UserError
 from bevt_fast.training import distributed, estimate
-from bevt_fast.training.assemble import check_parts, open_source, streams
+from bevt_fast.training.assemble import check_parts, open_heldout, open_sources
 
 
-def describe(config: Config) -> str:
-    """Shapes, parameters, memory and FLOPs, then the first batch from the real files. Raises what the run itself
-    would.
+def describe(config: Config) -> Iterator[str]:
+    """Shapes, parameters, memory and FLOPs, then the first batch from the real files, a paragraph at a time.
+
+    Raises what the run itself would, after saying what is known without data.
     """
     world_size = distributed.world_size_from_environment()
     accumulation(config, world_size)
     check_parts(config)
-    lines = [estimate.report(config, world_size), ""]
-    data = {name: open_source(stream) for name, stream in streams(config).items()}
-    lines += [f"{name}: {len(source):,} files of {source.name} under {source.root}" for name, source in data.items()]
+    yield estimate.report(config, world_size)
+    data = open_sources(config)
+    for name, source in data.items():
+        yield f"{name}: {len(source):,} files of {source.name} under {source.root}"
+    for name, source in open_heldout(config).items():
+        yield f"{name}, held out: {len(source):,} files of {source.name} under {source.root}"
     batches = loader.Loader(config, data, rank=0, world_size=world_size, device=torch.device("cpu"))
     try:
         batch = next(batches)
-        lines += ["", "first micro-batch:", *first_batch(batch)]
-        lines += [f"bad file: {bad['path']}: {bad['kind']}: {bad['reason']}" for bad in batches.bad_files]
+        bad = [f"bad file: {record['path']}: {record['kind']}: {record['reason']}" for record in batches.bad_files]
     finally:
         batches.close()
-    lines += [tokens(config, batch)]
-    return "\n".join(lines)
+    yield "\n".join(["first micro-batch:", *first_batch(batch), *bad])
+    yield tokens(config, batch)
 
 
 def first_batch(batch: JointBatch) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from bevt_fast.data import loader, pipeline_reference, sources
+from bevt_fast.data import loader, pipeline_reference
 from bevt_fast.data.batch import Clips, Images, JointBatch
 from bevt_fast.training import distributed, pictures
 from bevt_fast.training.assemble import streams
@@ -46,7 +46,7 @@ def finish(run: "Run") -> None:
     values = {}
     for stream, score in scores.items():
         values |= {ACCURACY[stream]: score.accuracy, f"{ACCURACY[stream]}_commonest": score.commonest}
-    if values:
+    if values and run.first_step < run.last_step:  # not again for a run that was already at its end
         run.metrics.log(run.last_step - 1, values)
     if not run.world.is_main:
         return
@@ -96,7 +96,7 @@ def score_heldout(run: "Run") -> tuple[dict[str, Score], dict[str, tuple[Images 
     A stream without a held-out source is not scored; a training micro-batch is shown instead.
     """
     config = run.config
-    held = {name: sources.build(s.heldout) for name, s in streams(config).items() if s.heldout}
+    held = run.heldout
     run.engine.objective.eval()
     scores, shown = {}, {}
     for name in streams(config):

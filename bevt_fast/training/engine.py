@@ -6,6 +6,8 @@ nor on the ZeRO stage, and holds no pickle.
 
 import logging
 import math
+import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +63,8 @@ class Engine:
     """DeepSpeed's engine around the objective, and the few things the loop and the checkpoints ask of it."""
 
     def __init__(self, objective: nn.Module, config: Config, world: World) -> None:
+        if world.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning that there is no GPU
         import deepspeed
 
         _quiet_deepspeed(deepspeed)
@@ -260,4 +264,6 @@ def _quiet_deepspeed(deepspeed: Any) -> None:
     """Keep DeepSpeed to warnings, and off the compiler: its shared-memory all-reduce for CPUs would be built for half a
     minute on every new machine, needs g++, and serves inference; gloo does the work."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch is about to change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

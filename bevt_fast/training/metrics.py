@@ -229,7 +229,7 @@ def _words(row: dict[str, float], per_step: Mapping[str, int]) -> str:
             )
     for count in per_step:
         if f"perf/{count}_per_s" in row:
-            words.append(f"{row[f'perf/{count}_per_s']:.1f} {count}/s")
+            words.append(f"{row[f'perf/{count}_per_s']:.3g} {count}/s")
     if "perf/data_wait_frac" in row:
         words.append(f"data wait {row['perf/data_wait_frac']:.0%}")
     if "perf/mfu" in row:

@@ -6,6 +6,7 @@ step: going on from a checkpoint restores the engine and a number, nothing else.
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,19 @@ from bevt_fast import config as configuration
 from bevt_fast.config import Config
 from bevt_fast.data import loader, sampling
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses
-from bevt_fast.errors import CheckpointError, DataError, NumericalError
+from bevt_fast.data.sources import Source
+from bevt_fast.errors import CheckpointError, ConfigError, DataError, NumericalError
 from bevt_fast.training import checkpoint, distributed, schedule
-from bevt_fast.training.assemble import check_parts, fingerprint, open_engine, open_source, open_tokenizer, streams
+from bevt_fast.training.assemble import (
+    check_parts,
+    fingerprint,
+    open_engine,
+    open_heldout,
+    open_sources,
+    open_tokenizer,
+    streams,
+    tokenizer_fingerprint,
+)
 from bevt_fast.training.distributed import StopSignal, World
 from bevt_fast.training.estimate import step_flops
 from bevt_fast.training.metrics import Metrics
@@ -31,11 +42,12 @@ log = logging.getLogger("bevt_fast")
 class Run:
     """Everything `train` uses; built by `build`."""
 
-    def __init__(self, config: Config, world: World, resume: str) -> None:
-        self.config, self.world = config, world
+    def __init__(
+        self, config: Config, sources: dict[str, Source], heldout: dict[str, Source], world: World, resume: str
+    ) -> None:
+        self.config, self.sources, self.heldout, self.world = config, sources, heldout, world
         self.output = Path(config.output)
         self.accumulation = configuration.accumulation(config, world.size)
-        self.sources = {name: open_source(stream) for name, stream in streams(config).items()}
         self._lock = prepare_output(self.output, resume, world)
         found = find_checkpoint(self.output, resume, world)
         self.tokenizer = open_tokenizer(config, self.sources, world)
@@ -44,12 +56,24 @@ class Run:
         lengths = schedule.lengths(config.optim, config.train.epochs, config.train.steps, steps_per_epoch)
         self.last_step, self.warmup_steps = lengths
         self.first_step = found.step if found else 0
+        if self.first_step > self.last_step:
+            raise ConfigError(
+                f"{self.output} is at step {self.first_step}, beyond the {self.last_step} steps of this configuration; "
+                "raise train.steps or train.epochs, or take --resume none"
+            )
         self.skipped = found.trainer["skipped"] if found else 0
         self.bad_in_a_row = found.trainer["bad_in_a_row"] if found else 0
         self._failed_saves = 0
         self._saved_step = self.first_step if found else -1
 
-        self.engine = open_engine(config, self.tokenizer, world, found, self.fingerprints())
+        self._fingerprints = {
+            "data": {name: fingerprint(source) for name, source in self.sources.items()},
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
+        self.engine = open_engine(config, self.tokenizer, world, found, self._fingerprints)
+        if found and world.is_main:
+            for path in checkpoint.set_aside(self.output / "checkpoints", self.first_step):
+                log.warning("going on from step %d, so a later checkpoint is set aside: %s", self.first_step, path)
         self.quarantine = Quarantine(
             self.output / "quarantine.jsonl",
             {name: len(s) for name, s in self.sources.items()},
@@ -162,6 +186,8 @@ class Run:
         code = distributed.agree(DataError.exit_code if verdict else self.stop.poll(), self.world.device)
         if code == DataError.exit_code:
             raise DataError(verdict or f"too many bad files, see {self.quarantine.path}")
+        if code:
+            log.warning("asked to stop: saving a checkpoint; --resume auto goes on from it")
         return code
 
     def save(self, step: int) -> None:
@@ -171,12 +197,15 @@ class Run:
         weights, moments, scalars = self.engine.weights(), self.engine.moments(), self.engine.scalars()
         failure = ""
         if self.world.is_main:
-            trainer = scalars | {
-                "skipped": self.skipped,
-                "bad_in_a_row": self.bad_in_a_row,
-                "world_size": self.world.size,
-                "data": self.fingerprints(),
-            }
+            trainer = (
+                scalars
+                | {
+                    "skipped": self.skipped,
+                    "bad_in_a_row": self.bad_in_a_row,
+                    "world_size": self.world.size,
+                }
+                | self._fingerprints
+            )
             try:
                 checkpoint.write(
                     self.output / "checkpoints",
@@ -211,6 +240,11 @@ class Run:
         from bevt_fast.training.ending import finish
 
         self.save(self.last_step)
+        if self._saved_step != self.last_step:
+            raise CheckpointError(
+                f"the last checkpoint could not be written under {self.output}; make room, and --resume auto trains "
+                "the steps since the one before again"
+            )
         finish(self)
 
     def close(self) -> None:
@@ -230,10 +264,6 @@ class Run:
         stream = streams(self.config)[name]
         return max(1, len(self.sources[name]) // stream.batch)
 
-    def fingerprints(self) -> dict[str, dict[str, str | int]]:
-        """What the sample order depends on: each stream's list."""
-        return {name: fingerprint(source) for name, source in self.sources.items()}
-
     def resolved_config(self) -> str:
         return self.config.model_dump_json(indent=2, exclude_none=True)
 
@@ -250,13 +280,21 @@ class Run:
 
 def build(config: Config, resume: str = "none") -> Run:
     """Everything a run needs, cheapest first, so that a mistake is found before anything expensive starts."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    distributed.read_environment()
+    speak(is_main=os.environ["RANK"] == "0")
     configuration.accumulation(config, distributed.world_size_from_environment())
     check_parts(config)
+    sources, heldout = open_sources(config), open_heldout(config)
     world = distributed.start(config.train.threads)
-    if not world.is_main:
-        logging.getLogger().setLevel(logging.ERROR)
-    return Run(config, world, resume)
+    return Run(config, sources, heldout, world, resume)
+
+
+def speak(is_main: bool) -> None:
+    """The first process says what it does on stderr; of the others, and of other libraries, only what is wrong."""
+    logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.captureWarnings(True)
+    if is_main:
+        log.setLevel(logging.INFO)
 
 
 def lower(batch: JointBatch, dtype: torch.dtype) -> JointBatch:

@@ -179,7 +179,7 @@ def test_a_line_has_the_figures_of_the_streams_there_are(tmp_path: Path, clock: 
     log.log(99, {"val/mask_acc_2d": 0.25})
     log.close()
     _, line, heldout = capsys.readouterr().err.splitlines()
-    assert line.startswith("step 11/100  loss 4.5000  image 4.5000 (12.5% right)  64.0 images/s  data wait 5%")
+    assert line.startswith("step 11/100  loss 4.5000  image 4.5000 (12.5% right)  64 images/s  data wait 5%")
     assert line.endswith("ETA 0:01:29")  # 89 steps left, 10 in ten seconds
     assert heldout.startswith("step 100/100  val/mask_acc_2d 0.25")
 

@@ -6,9 +6,10 @@ The file name is the name in the JSON. A part exposes `Options` and `build(optio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from bevt_fast.config import Part, Positive, Section, open_part
 from bevt_fast.errors import DataError
@@ -17,6 +18,10 @@ CHECK_ALL, CHECK_SOME = (
     20_000,
     2_000,
 )  # files of a source that `preflight` looks for: all up to the first, else the second
+
+
+# of a clip: the encoder joins two to a time step (SPEC 1.2)
+FrameCount = Annotated[Positive, Field(multiple_of=2)]
 
 
 class Frames(NamedTuple):
@@ -30,7 +35,7 @@ class Frames(NamedTuple):
 class ClipOptions(Section):
     """The options every source of clips has: how frames are drawn, and which videos are too short to use."""
 
-    frames: Positive = 16  # SPEC 5.3: 16 frames, 8 apart
+    frames: FrameCount = 16  # SPEC 5.3: 16 frames, 8 apart
     stride: Positive = 8
     mode: Literal["interval", "uniform"] = "interval"
     min_frames: Positive = 2

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.data import shapes
-from bevt_fast.data.sources import Frames, Source
+from bevt_fast.data.sources import FrameCount, Frames, Source
 from bevt_fast.errors import DataError
 
 VERSION = 1  # of the drawing and the coding: another one makes other files from the same options
@@ -69,7 +69,7 @@ class Options(Recipe):
     split: Literal["train", "test"] = "train"
     kind: Literal["clips", "images"] = "clips"
     label: Literal["motion", "appearance"] | None = None
-    frames: Positive = 8
+    frames: FrameCount = 8
     stride: Positive = 2
 
     @model_validator(mode="after")
