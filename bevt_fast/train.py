@@ -10,9 +10,11 @@ from pathlib import Path
 if not __package__:  # run as a script: look from the repository root and kernels/, not from bevt_fast/
     root = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(root), str(root / "kernels")]
+else:  # run as a module of a clone that may not be installed
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from bevt_fast.config import Config, command_line, load
-from bevt_fast.errors import EXIT_SIGINT, UserError
+from bevt_fast.errors import EXIT_SIGINT, MachineError, UserError
 
 if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
     try:
@@ -75,11 +77,21 @@ def main(config: Config, resume: str = "none", dry_run: bool = False) -> int:
         for paragraph in describe(config):
             print(paragraph, flush=True)
         return 0
-    run = build(config, resume)
     try:
-        return train(run)
-    finally:
-        run.close()
+        run = build(config, resume)
+        try:
+            return train(run)
+        finally:
+            run.close()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "can't allocate memory" not in str(error):  # what torch says on a CPU, in a plain RuntimeError
+                raise
+        raise MachineError(
+            "out of memory; lower clips.micro_batch and images.micro_batch (more are then accumulated), set "
+            "model.activation_checkpointing to true, or raise deepspeed.zero_optimization.stage; --dry-run estimates "
+            f"what a configuration needs ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
 
 
 if __name__ == "__main__":

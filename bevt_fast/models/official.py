@@ -234,6 +234,11 @@ def _inflated_table(name: str, table: Tensor, config: VideoSwinConfig, is_ours: 
     if is_ours and len(table) % (height * width) == 0:
         table = table.unflatten(0, (-1, height * width))
         table = table[len(table) // 2]
+    elif is_ours:
+        raise CheckpointError(
+            f"{name} has {len(table)} rows, which no window of {config.window[1]} x {config.window[2]} has; set "
+            "model.window as in the configuration that trained it"
+        )
     elif side * side != len(table):
         raise CheckpointError(f"{name} has {len(table)} rows, which no square 2-D window has; use from_official")
     elif (side, side) != (height, width):

@@ -10,7 +10,7 @@ from bevt_fast.data import loader
 from bevt_fast.data.batch import JointBatch
 from bevt_fast.errors import UserError
 from bevt_fast.training import distributed, estimate
-from bevt_fast.training.assemble import check_parts, open_heldout, open_sources
+from bevt_fast.training.assemble import build_objective, check_parts, initial_weights, open_heldout, open_sources
 
 
 def describe(config: Config) -> Iterator[str]:
@@ -35,6 +35,9 @@ def describe(config: Config) -> Iterator[str]:
         batches.close()
     yield "\n".join(["first micro-batch:", *first_batch(batch), *bad])
     yield tokens(config, batch)
+    if config.model.weights:
+        model = build_objective(config, estimate.codebook_size(config), initialise=False).model
+        yield initial_weights(model, config.model.weights)
 
 
 def first_batch(batch: JointBatch) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -51,14 +52,25 @@ def finish(run: "Run") -> None:
     if not run.world.is_main:
         return
     run.metrics.close()
+    drawn = []
+    try:
+        (run.output / "heldout.json").write_text(
+            json.dumps({s: score._asdict() for s, score in scores.items()}, indent=1)
+        )
+        drawn = draw(run, shown)
+    except OSError as error:  # the checkpoint is what matters, and it is there
+        log.warning("the pictures could not be written: %s", error)
+    log.info("%s", summary(run, scores, drawn))
+
+
+def draw(run: "Run", shown: dict[str, tuple[Images | Clips, Answers]]) -> list[Path]:
+    """One picture of samples for each stream, and the curves of the whole run; returns the files."""
     folder = run.output / "pictures"
     folder.mkdir(exist_ok=True)
-    drawn = []
+    count = run.config.train.pictures
     for stream, (batch, answers) in shown.items():
-        path = folder / f"{stream}.png"
-        count = run.config.train.pictures
         pictures.samples(
-            path,
+            folder / f"{stream}.png",
             cast(Any, stream),
             pipeline_reference.denormalise(batch.pixels[:count].float().cpu()),
             batch.token_pixels[:count].cpu(),
@@ -67,13 +79,11 @@ def finish(run: "Run") -> None:
             answers.predictions[:count].cpu(),
             getattr(run.tokenizer, "decode", None),
         )
-        drawn.append(path)
-    history = read_log(run.output / "log.jsonl")
-    if history:
+    files = [folder / f"{stream}.png" for stream in shown]
+    if history := read_log(run.output / "log.jsonl"):
         pictures.loss_curve(history, folder / "loss_curve.png")
-        drawn.append(folder / "loss_curve.png")
-    (run.output / "heldout.json").write_text(json.dumps({s: score._asdict() for s, score in scores.items()}, indent=1))
-    log.info("%s", summary(run, scores, drawn))
+        files.append(folder / "loss_curve.png")
+    return files
 
 
 @torch.no_grad()

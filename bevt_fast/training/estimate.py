@@ -231,14 +231,14 @@ def stream_shapes(config: Config) -> list[StreamShape]:
 
 def step_flops(config: Config) -> float:
     """FLOPs of one step over all processes: what MFU is a share of. Recomputed activations do not count."""
-    shape, vocab_size, name = VideoSwinConfig.of(config.model), _vocab_size(config), config.tokenizer.name
+    shape, vocab_size, name = VideoSwinConfig.of(config.model), codebook_size(config), config.tokenizer.name
     streams = _streams(config)
     return sum(streams[s.name].batch * costs(shape, s, name, vocab_size).training for s in stream_shapes(config))
 
 
 def report(config: Config, world_size: int) -> str:
     """The figures of a run as text: parameters, shapes and FLOPs of every stage, the step, the memory of a process."""
-    shape, vocab_size = VideoSwinConfig.of(config.model), _vocab_size(config)
+    shape, vocab_size = VideoSwinConfig.of(config.model), codebook_size(config)
     counts = parameters(shape, vocab_size, tuple(_streams(config)))
     lines = ["learnt parameters", *(f"  {part:<14}{count:>14,}" for part, count in counts.items())]
     lines += [f"  {'sum':<14}{sum(counts.values()):>14,}"]
@@ -288,7 +288,7 @@ def _step_lines(config: Config, world_size: int) -> list[str]:
 
 
 def _memory_lines(config: Config, count: int, world_size: int) -> list[str]:
-    shape, vocab_size, precision = VideoSwinConfig.of(config.model), _vocab_size(config), config.train.precision
+    shape, vocab_size, precision = VideoSwinConfig.of(config.model), codebook_size(config), config.train.precision
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 1))
     rows = state_bytes(count, precision, stage, world_size)
     streams = _streams(config)
@@ -316,6 +316,6 @@ def _streams(config: Config) -> dict[str, Stream]:
     return {name: stream for name, stream in (("images", config.images), ("clips", config.clips)) if stream}
 
 
-def _vocab_size(config: Config) -> int:
+def codebook_size(config: Config) -> int:
     options = open_part("bevt_fast.tokenizers", config.tokenizer)[1]
     return getattr(options, "vocab_size", None) or 128  # what patch_kmeans fits where its file does not say otherwise

@@ -5,6 +5,7 @@ silent.
 import fcntl
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,25 @@ class Quarantine:
         self._read()
         if all((record["stream"], record["path"]) in self._known for record in records):
             return
-        with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # processes that meet the same file in the same step
-            self._read()
-            for record in records:
-                key = (record["stream"], record["path"])
-                if key in self._known:
-                    continue
+        try:
+            with self.path.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # processes that meet the same file in the same step
+                self._read()
+                for record in self._new(records):
+                    file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            log.warning("%s could not be written: %s; the bad files are still counted", self.path, error)
+            for _ in self._new(records):
+                pass
+
+    def _new(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The records of files not known yet, said aloud and known from now on."""
+        for record in records:
+            key = (record["stream"], record["path"])
+            if key not in self._known:
                 self._known[key] = record
                 log.warning("quarantined %s: %s: %s", record["path"], record["kind"], record["reason"])
-                file.write(json.dumps(record) + "\n")
+                yield record
 
     def verdict(self) -> str | None:
         """The sentence to stop with, or None while every stream has few enough bad files."""

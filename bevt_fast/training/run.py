@@ -63,7 +63,7 @@ class Run:
             )
         self.skipped = found.trainer["skipped"] if found else 0
         self.bad_in_a_row = found.trainer["bad_in_a_row"] if found else 0
-        self._failed_saves = 0
+        self._failed_saves = self._restarts = 0
         self._saved_step = self.first_step if found else -1
 
         self._fingerprints = {
@@ -175,6 +175,7 @@ class Run:
             "train/grad_norm": self.engine.grad_norm(),
             "train/skipped_steps": self.skipped,
             "data/quarantined": len(self.quarantine),
+            "data/worker_restarts": self._restarts,
         }
         self.metrics.log(step, values, waited=self.batches.waited)
         self.batches.waited = 0.0
@@ -182,6 +183,9 @@ class Run:
     def must_stop(self) -> int:
         """The exit code to stop with, agreed by all processes: a signal, or too many bad files (raises DataError)."""
         self.quarantine.add(self.batches.bad_files)
+        if self.batches.restarts > self._restarts:
+            self._restarts = self.batches.restarts
+            log.warning("a loader process died and was replaced (%d so far); the samples are the same", self._restarts)
         verdict = self.quarantine.verdict()
         code = distributed.agree(DataError.exit_code if verdict else self.stop.poll(), self.world.device)
         if code == DataError.exit_code:
