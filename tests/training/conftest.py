@@ -1,7 +1,9 @@
 """A dataset and a model so small that a whole run takes seconds, and ways to start one."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,8 +117,8 @@ def background():
 
     yield start
     for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # also workers that outlive their trainer by seconds
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 

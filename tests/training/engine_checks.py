@@ -23,7 +23,7 @@ from bevt_fast.training.engine import Engine
 
 SIZE = VideoSwinConfig(embed_dim=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), window=(2, 2, 2), drop_path=0.2)
 ACCUMULATION = 2
-OTHER = {0: 1, 1: 2, 3: 0}  # the stage that goes on with the state of each
+OTHER = {0: 3, 1: 2, 3: 0}  # the stage that goes on with the state of each
 CASES = [(precision, stage) for precision in ("fp32", "bf16") for stage in OTHER]
 State = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
 

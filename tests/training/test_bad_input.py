@@ -93,7 +93,11 @@ def test_a_missing_folder_is_one_sentence_of_a_real_program(program, settings, t
         ({"clips.mask": {"name": "tube", "options": {"ratoi": 0.5}}}, ["'ratoi'", "'ratio'"]),
         ({"tokenizer": {"name": "dali"}}, ["'dali'", "dalle"]),
         ({"deepspeed": {"train_batch_size": 8}}, ["train_batch_size", "clips.batch"]),
-        ({"deepspeed": {"zero_optimization": {"stage": 7}}}, ["deepspeed: ", "stage", "0, 1, 2", "7"]),
+        ({"deepspeed": {"zero_optimization": {"stage": 7}}}, ["deepspeed", "stage", "0, 1, 2", "7"]),
+        (
+            {"deepspeed": {"zero_optimization": {"reduce_bucket_size": "big"}}},
+            ["deepspeed", "reduce_bucket_size", "big"],
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
