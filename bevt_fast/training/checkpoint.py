@@ -62,7 +62,7 @@ def write(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        metadata = {"format": "pt", "bevt_fast": __version__, "step": str(step)}
+        metadata = {"format": "pt"}  # one key: safetensors writes several in random order, and equal runs would differ
         try:
             save_file(dict(weights), aside / PARTS[0], metadata=metadata)
             save_file(dict(moments), aside / PARTS[1], metadata=metadata)

@@ -4,6 +4,7 @@ State goes in and out by parameter name, in float32, whole: a checkpoint then de
 nor on the ZeRO stage, and holds no pickle.
 """
 
+import functools
 import logging
 import math
 import os
@@ -216,6 +217,7 @@ class Engine:
         if link:
             link()
 
+    @functools.cached_property
     def _masters(self) -> dict[int, Tensor]:
         """Without ZeRO: from a module's parameter (by id) to the float32 tensor AdamW updates."""
         pairs = zip(getattr(self.optimizer, "fp16_groups", []), getattr(self.optimizer, "fp32_groups", []))
@@ -226,7 +228,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.stage == 0:
-            master = self._masters()[id(parameter)]
+            master = self._masters[id(parameter)]
             value = master if moment is None else self.inner.state[master][moment]
         elif moment is None:
             value = safe_get_full_fp32_param(parameter)
@@ -241,7 +243,7 @@ class Engine:
 
         value = value.to(parameter.device)
         if self.stage == 0:
-            master = self._masters()[id(parameter)]
+            master = self._masters[id(parameter)]
             target = master if moment is None else self.inner.state[master][moment]
             with torch.no_grad():
                 target.copy_(value)
