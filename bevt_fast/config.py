@@ -169,6 +169,11 @@ class Config(Section):
     data: Data = Data()
     deepspeed: dict[str, Any] = {}
 
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """The streams there are, by name, images first as everywhere."""
+        return {name: stream for name, stream in (("images", self.images), ("clips", self.clips)) if stream}
+
     @model_validator(mode="after")
     def _has_a_stream(self) -> "Config":
         if self.clips is None and self.images is None:
@@ -238,9 +243,7 @@ def deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:
 def accumulation(config: Config, world_size: int) -> int:
     """Micro-batches per step, the same whole number for both streams. Raises ConfigError with the equation."""
     counts = {}
-    for name, stream in (("clips", config.clips), ("images", config.images)):
-        if stream is None:
-            continue
+    for name, stream in config.streams.items():
         count, rest = divmod(stream.batch, stream.micro_batch * world_size)
         equation = (
             f"{name}.batch / ({name}.micro_batch * processes) = {stream.batch} / ({stream.micro_batch} * {world_size})"
@@ -262,7 +265,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     section = deepspeed_section(config.deepspeed)
     precision = config.train.precision
     return section | {
-        "train_micro_batch_size_per_gpu": sum(s.micro_batch for s in (config.clips, config.images) if s),
+        "train_micro_batch_size_per_gpu": sum(stream.micro_batch for stream in config.streams.values()),
         "gradient_accumulation_steps": accumulation(config, world_size),
         "gradient_clipping": config.optim.grad_clip,
         "bf16": section.get("bf16", {}) | {"enabled": precision == "bf16"},

@@ -28,19 +28,14 @@ log = logging.getLogger("bevt_fast")
 MASKS = 50  # drawn to see whether a mask hides anything
 
 
-def streams(config: Config) -> dict[str, Stream]:
-    """The streams the configuration has, by name, images first as everywhere."""
-    return {name: stream for name, stream in (("images", config.images), ("clips", config.clips)) if stream}
-
-
 def check_parts(config: Config) -> None:
     """Find every part the configuration names and check its options. Raises ConfigError; touches no data."""
     open_part("bevt_fast.tokenizers", config.tokenizer)
-    for stream in streams(config).values():
+    for stream in config.streams.values():
         for room, part in (("masking", stream.mask), ("sources", stream.source), ("sources", stream.heldout)):
             if part is not None:
                 open_part(f"bevt_fast.data.{room}", part)
-    for name, stream in streams(config).items():
+    for name, stream in config.streams.items():
         _check_mask(name, stream)
 
 
@@ -57,12 +52,12 @@ def _check_mask(name: str, stream: Stream) -> None:
 
 def open_sources(config: Config) -> dict[str, Source]:
     """The training source of each stream, its root looked at. Raises DataError before anything expensive starts."""
-    return {name: _open_source(config, name, stream.source) for name, stream in streams(config).items()}
+    return {name: _open_source(config, name, stream.source) for name, stream in config.streams.items()}
 
 
 def open_heldout(config: Config) -> dict[str, Source]:
     """The held-out source of each stream that has one: scored at the end, looked at before the beginning."""
-    parts = {name: stream.heldout for name, stream in streams(config).items()}
+    parts = {name: stream.heldout for name, stream in config.streams.items()}
     return {name: _open_source(config, name, part, ".heldout") for name, part in parts.items() if part}
 
 
@@ -155,13 +150,13 @@ def build_objective(config: Config, vocab_size: int, initialise: bool = True) ->
         vocab_size,
         image_attention=section.image_attention,
         bias_index=section.bias_index,
-        streams=tuple(streams(config)),
+        streams=tuple(config.streams),
         initialisation=section.initialisation,
         activation_checkpointing=section.activation_checkpointing,
     )
     if section.weights and initialise:
         log.info("%s", initial_weights(model, section.weights))
-    weights = {name: stream.weight for name, stream in streams(config).items()}
+    weights = {name: stream.weight for name, stream in config.streams.items()}
     return JointObjective(model, weights.get("images", 1.0), weights.get("clips", 1.0))
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from bevt_fast.data import loader, pipeline_reference
 from bevt_fast.data.batch import Clips, Images, JointBatch
 from bevt_fast.training import distributed, pictures
-from bevt_fast.training.assemble import streams
 from bevt_fast.training.metrics import read_log
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def score_heldout(run: "Run") -> tuple[dict[str, Score], dict[str, tuple[Images 
     held = run.heldout
     run.engine.objective.eval()
     scores, shown = {}, {}
-    for name in streams(config):
+    for name in config.streams:
         count = config.train.heldout_batches if name in held else 1
         data = loader.Loader(
             config,

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bevt_fast.config import Config, Stream, accumulation, open_part
+from bevt_fast.config import Config, accumulation, open_part
 from bevt_fast.data import masking
 from bevt_fast.data.sources import Frames
 from bevt_fast.models.video_swin import VideoSwinConfig
@@ -217,7 +217,7 @@ def costs(shape: VideoSwinConfig, stream: StreamShape, tokenizer: str, vocab_siz
 def stream_shapes(config: Config) -> list[StreamShape]:
     """The streams of a configuration: frames from the source's options, hidden share from masks as training draws."""
     shapes = []
-    for name, stream in _streams(config).items():
+    for name, stream in config.streams.items():
         side, frames, steps = stream.view.size, 1, None
         if name == "clips":
             options = open_part("bevt_fast.data.sources", stream.source)[1]
@@ -232,14 +232,14 @@ def stream_shapes(config: Config) -> list[StreamShape]:
 def step_flops(config: Config) -> float:
     """FLOPs of one step over all processes: what MFU is a share of. Recomputed activations do not count."""
     shape, vocab_size, name = VideoSwinConfig.of(config.model), codebook_size(config), config.tokenizer.name
-    streams = _streams(config)
+    streams = config.streams
     return sum(streams[s.name].batch * costs(shape, s, name, vocab_size).training for s in stream_shapes(config))
 
 
 def report(config: Config, world_size: int) -> str:
     """The figures of a run as text: parameters, shapes and FLOPs of every stage, the step, the memory of a process."""
     shape, vocab_size = VideoSwinConfig.of(config.model), codebook_size(config)
-    counts = parameters(shape, vocab_size, tuple(_streams(config)))
+    counts = parameters(shape, vocab_size, tuple(config.streams))
     lines = ["learnt parameters", *(f"  {part:<14}{count:>14,}" for part, count in counts.items())]
     lines += [f"  {'sum':<14}{sum(counts.values()):>14,}"]
     frozen = tokenizer_parameters(config.tokenizer.name, vocab_size)
@@ -275,7 +275,7 @@ def _stream_lines(shape: VideoSwinConfig, stream: StreamShape, tokenizer: str, v
 def _step_lines(config: Config, world_size: int) -> list[str]:
     batches = [
         f"{stream.batch} {name} ({accumulation(config, world_size)} x {stream.micro_batch} x {world_size})"
-        for name, stream in _streams(config).items()
+        for name, stream in config.streams.items()
     ]
     flops = step_flops(config)
     lines = [
@@ -291,7 +291,7 @@ def _memory_lines(config: Config, count: int, world_size: int) -> list[str]:
     shape, vocab_size, precision = VideoSwinConfig.of(config.model), codebook_size(config), config.train.precision
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 1))
     rows = state_bytes(count, precision, stage, world_size)
-    streams = _streams(config)
+    streams = config.streams
     kept = 0.0
     for stream in stream_shapes(config):
         sample = activation_bytes(shape, stream, vocab_size, precision, config.model.activation_checkpointing)
@@ -310,10 +310,6 @@ def _flops(value: float) -> str:
     """Four digits and a unit."""
     power = min(max(int(math.log10(max(value, 1))) // 3, 2), 6)
     return f"{value / 1000**power:.4g} {'MGTPE'[power - 2]}FLOP"
-
-
-def _streams(config: Config) -> dict[str, Stream]:
-    return {name: stream for name, stream in (("images", config.images), ("clips", config.clips)) if stream}
 
 
 def codebook_size(config: Config) -> int:

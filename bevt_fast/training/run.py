@@ -27,7 +27,6 @@ from bevt_fast.training.assemble import (
     open_heldout,
     open_sources,
     open_tokenizer,
-    streams,
     tokenizer_fingerprint,
 )
 from bevt_fast.training.distributed import StopSignal, World
@@ -265,7 +264,7 @@ class Run:
     def steps_per_epoch(self) -> int:
         """An epoch is a pass over the clips, or over the images where there are no clips."""
         name = "clips" if self.config.clips else "images"
-        stream = streams(self.config)[name]
+        stream = self.config.streams[name]
         return max(1, len(self.sources[name]) // stream.batch)
 
     def resolved_config(self) -> str:

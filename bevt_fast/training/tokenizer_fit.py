@@ -44,8 +44,7 @@ def fit_if_missing(config: Config, sources: Mapping[str, Source]) -> bool:
     _, options = open_part("bevt_fast.tokenizers", config.tokenizer)
     if not getattr(options, "fit_if_missing", False) or Path(options.weights).exists():
         return False
-    views = {"images": config.images, "clips": config.clips}
-    streams = {name: (source, stream.view) for name, source in sources.items() if (stream := views[name])}
+    streams = {name: (source, config.streams[name].view) for name, source in sources.items()}
     log.info("fitting the tokenizer %s to %s", config.tokenizer.name, " and ".join(streams))
     what = ", ".join(source.name for source, _ in streams.values())
     fit_tokenizer(sample_views(streams, config.seed, VIEWS), config.tokenizer, config.seed, what)
