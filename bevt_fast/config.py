@@ -323,6 +323,20 @@ def open_part(room: str, part: Part) -> tuple[Any, Any]:
     return module, parse(module.Options, part.options, f"{room}.{part.name}: options")
 
 
+def resolved(config: Config) -> dict[str, Any]:
+    """The configuration with every default written out, those of the parts too; loading it gives the same run."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    parts = [("bevt_fast.tokenizers", config.tokenizer, values["tokenizer"])]
+    for name, stream in config.streams.items():
+        parts.append(("bevt_fast.data.masking", stream.mask, values[name]["mask"]))
+        for key, part in (("source", stream.source), ("heldout", stream.heldout)):
+            if part is not None:
+                parts.append(("bevt_fast.data.sources", part, values[name][key]))
+    for room, part, place in parts:
+        place["options"] = open_part(room, part)[1].model_dump(mode="json", exclude_none=True)
+    return values
+
+
 def command_line(argv: typing.Sequence[str] | None = None, description: str = "Pretrain BEVT.") -> argparse.Namespace:
     """The options every training program has. Exits with 2 and a sentence on a wrong option, as argparse does."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)

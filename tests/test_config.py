@@ -144,6 +144,18 @@ def test_batch_numbers_must_agree():
         config.accumulation(config.parse(config.Config, uneven, "here"), 1)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_resolved_file_is_the_same_run_with_every_default_said(path, tmp_path):
+    loaded = config.load(path)
+    values = config.resolved(loaded)
+    (tmp_path / "again.json").write_text(json.dumps(values))
+    assert config.resolved(config.load(tmp_path / "again.json")) == values
+    assert values["optim"]["eps"] == 1e-8  # torch's default, in no shipped file
+    for name in loaded.streams:
+        assert {"ratio", "min_block"} <= values[name]["mask"]["options"].keys()
+        assert "root" in values[name]["source"]["options"]
+
+
 def test_deepspeed_gets_what_other_sections_own():
     loaded = config.parse(
         config.Config, values(deepspeed={"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}), "here"

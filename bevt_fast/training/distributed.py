@@ -83,6 +83,11 @@ def start(threads: int | None) -> World:
     read_environment()
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise MachineError(
+                f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+                "start fewer processes a machine"
+            )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:

@@ -4,6 +4,7 @@ The learning rate, the masks, the sample order, every crop and every dropped pat
 step: going on from a checkpoint restores the engine and a number, nothing else.
 """
 
+import json
 import logging
 import math
 import os
@@ -268,7 +269,7 @@ class Run:
         return max(1, len(self.sources[name]) // stream.batch)
 
     def resolved_config(self) -> str:
-        return self.config.model_dump_json(indent=2, exclude_none=True)
+        return json.dumps(configuration.resolved(self.config), indent=2)
 
     def describe(self) -> str:
         parts = [f"{len(source):,} {name} from {source.name}" for name, source in self.sources.items()]
