@@ -168,3 +168,11 @@ def test_deepspeed_gets_what_other_sections_own():
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
     }
+
+
+def test_every_key_is_explained():
+    page = (ROOT / "configs" / "README.md").read_text()
+    sections = [config.Config, config.Stream, config.View, config.Model, config.CustomSize, config.Optim]
+    for section in [*sections, config.Train, config.Data]:
+        for key in section.model_fields:
+            assert f"`{key}`" in page or f'"{key}"' in page, f"{section.__name__}.{key} is not in configs/README.md"
