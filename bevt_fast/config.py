@@ -182,6 +182,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _clips_keep_their_colours(self) -> "Config":
+        if self.clips is not None and self.clips.view.colour_jitter:
+            raise ValueError(
+                f"clips.view.colour_jitter is {self.clips.view.colour_jitter:g}, but only images are jittered "
+                "(SPEC 5.3); leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _official_images_fit(self) -> "Config":
         if self.images is not None and self.model.image_attention == "official":
             sides = [32 * window for window in self.model.window[1:]]

@@ -95,6 +95,10 @@ def test_every_misspelling_is_named_with_its_remedy(tmp_path, key):
         ({"optim": {"lr": 1e-3, "warmup_steps": 1, "warmup_epochs": 1}}, "write one of them"),
         ({"model": {"size": "huge"}}, "model: size: expected one of 'tiny', 'small', 'base', 'large', got 'huge'"),
         ({"optim": {"lr": -1}}, "optim: lr: "),
+        (
+            {"clips": values()["clips"] | {"view": {"colour_jitter": 0.4}}},
+            "clips.view.colour_jitter is 0.4, but only images are jittered (SPEC 5.3); leave it out",
+        ),
     ],
 )
 def test_wrong_values_are_sentences(tmp_path, change, said):

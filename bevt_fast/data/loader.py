@@ -5,6 +5,7 @@ on its device. Which process reads what changes no batch: that is decided in `re
 """
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -149,6 +150,8 @@ class _Feed:
             # its own generator: the loader must not draw from the one that dropout uses
             generator=torch.Generator(),
         )
+        # a decoder with threads that is garbage here must not be freed in a worker: it would wait for threads for ever
+        gc.collect()
         before = set(multiprocessing.active_children())
         with _sigchld_unchanged():
             self._items = iter(loader)

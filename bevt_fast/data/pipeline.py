@@ -4,7 +4,7 @@ DALI decodes to the same bits as `decode.py`. On a CPU the reference cuts the vi
 faster and makes the choice of decoder change no batch; on a GPU the graph does all of it. What is random reaches the
 graph as numbers, so DALI draws nothing itself. Its bicubic kernel is another (a = -0.5, OpenCV has -0.75), so what the
 graph rescales differs by half a grey level on average. A damaged file ends a pipeline: it is built anew and the batch
-goes through it one by one.
+goes through it one by one. What DALI refuses, `reader.py` asks of PyAV: damage outside a clip replaces nothing.
 """
 
 import importlib.util

@@ -141,7 +141,10 @@ class StreamReader(Dataset):
             if isinstance(drawn, BadFile):
                 outcomes.append(drawn)
                 continue
-            view = views[k] if k in views else _or_bad(self._views, drawn, file)
+            view = views.get(k)
+            if view is None or isinstance(view, BadFile):
+                # DALI decodes from the file's beginning, so damage before the clip ends it: PyAV has the last word
+                view = _or_bad(self._views, drawn, file)
             outcomes.append(view if isinstance(view, BadFile) else Sample(*view, drawn.mask))
         return outcomes
 

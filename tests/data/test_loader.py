@@ -1,5 +1,6 @@
 """A batch depends on the seed and its number alone: not on workers, processes, restarts or where a run began."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -290,6 +292,26 @@ def test_dali_gives_the_same_batches_and_replaces_the_same_files(folder, tmp_pat
     assert all(same(*pair) for pair in zip(found["pyav"], found["dali"]))
 
 
+def test_both_decoders_take_a_clip_that_lies_behind_a_damaged_frame(tmp_path):
+    """DALI decodes from the beginning of a file and refuses it; PyAV seeks to the clip and reads it."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    file = media.video(tmp_path / "a.webm", "libvpx-vp9", frames=60)
+    with av.open(str(file)) as container:
+        first = bytes(next(container.demux(video=0)))
+    file.write_bytes(file.read_bytes().replace(first, bytes(len(first))))
+    media.video(tmp_path / "b.webm", "libvpx-vp9", frames=60)
+    data = {"clips": Source(name="videos", root=tmp_path, paths=["a.webm", "b.webm"], frames=FRAMES)}
+    with pytest.raises(BadFile):
+        decode.read_frames(file, [0])
+    found, records = {}, {}
+    for decoder in ("pyav", "dali"):
+        with closing(Loader(config(decoder=decoder, streams=("clips",)), data)) as made:
+            found[decoder] = [next(made).clips for _ in range(8)]  # 8 epochs: eight clips of each file
+            records[decoder] = made.bad_files
+    assert records["pyav"] == records["dali"] and len(records["pyav"]) < 8
+    assert same(found["pyav"], found["dali"])
+
+
 def test_a_fault_of_one_clip_does_not_condemn_the_file(folder, monkeypatch):
     """Else the order of reading, and so the number of workers, would decide what is replaced."""
     data = clips(folder)
@@ -369,6 +391,27 @@ def test_a_killed_worker_is_replaced_and_no_batch_changes(folder):
         assert 1 <= made.restarts <= 2  # both streams lost their workers; one may have had all batches ready
     assert all(same(*pair) for pair in zip(found, expected))
     assert multiprocessing.active_children() == []
+
+
+def test_garbage_of_the_trainer_is_freed_before_workers_are_forked(folder):
+    """Freed in a worker, a decoder with threads would wait for ever for threads that only the trainer has."""
+    freed = []
+
+    class Decoder:
+        def __init__(self):
+            self.itself = self  # only the collector frees it
+
+        def __del__(self):
+            freed.append(os.getpid())
+
+    gc.disable()
+    try:
+        Decoder()
+        with closing(Loader(config(1), sources(folder))) as made:
+            next(made)
+            assert freed == [os.getpid()]
+    finally:
+        gc.enable()
 
 
 def test_workers_that_keep_dying_end_with_one_sentence(folder, monkeypatch):
