@@ -83,10 +83,10 @@ def main(config: Config, resume: str = "none", dry_run: bool = False) -> int:
             return train(run)
         finally:
             run.close()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in str(error):  # what torch says on a CPU, in a plain RuntimeError
-                raise
+    except (MemoryError, RuntimeError) as error:
+        # on a CPU torch says it in a plain RuntimeError
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
         raise MachineError(
             "out of memory; lower clips.micro_batch and images.micro_batch (more are then accumulated), set "
             "model.activation_checkpointing to true, or raise deepspeed.zero_optimization.stage; --dry-run estimates "

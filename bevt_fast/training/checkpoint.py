@@ -195,8 +195,13 @@ def _flush(path: Path) -> None:
 
 
 def _point_latest(directory: Path, name: str) -> None:
-    """A text file `latest`, for people and scripts that look for one; resuming does not read it."""
+    """A text file `latest`, for people and scripts that look for one; resuming does not read it, and the commit stands
+    without it.
+    """
     aside = directory / ".latest.writing"
-    aside.write_text(name + "\n")
-    _flush(aside)
-    os.replace(aside, directory / "latest")
+    try:
+        aside.write_text(name + "\n")
+        _flush(aside)
+        os.replace(aside, directory / "latest")
+    except OSError as error:
+        log.warning("%s could not be written: %s", directory / "latest", error)

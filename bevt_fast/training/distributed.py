@@ -112,11 +112,7 @@ def start(threads: int | None) -> World:
 
 def average(values: torch.Tensor) -> torch.Tensor:
     """The mean of `values` over all processes."""
-    values = values.clone()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
+    return total(values) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -133,12 +129,6 @@ def agree(value: int, device: torch.device) -> int:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
 
 
 class StopSignal:
