@@ -2,6 +2,9 @@
 with it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
@@ -27,6 +30,7 @@ class DataError(UserError):
     """A data root, list, annotation or tokenizer file cannot be used."""
 
     exit_code = EXIT_DATA
+    records: Sequence[dict[str, Any]] = ()  # of the bad files behind it, as quarantine.jsonl has them
 
 
 class CheckpointError(UserError):

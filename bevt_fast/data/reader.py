@@ -110,10 +110,12 @@ class StreamReader(Dataset):
                 other = sampling.substitute(self.seed, self.key, epoch, index, attempt, n)
                 bad.append(self.record(outcome, epoch, files[k], other))
                 files[k] = other
-        raise DataError(
+        error = DataError(
             f"{self.name}: {MAX_SUBSTITUTES} files in a row cannot be read, the last one {bad[-1]['path']} "
             f"({bad[-1]['kind']}: {bad[-1]['reason']}); check the files of the source {self.source.name!r}"
         )
+        error.records = bad
+        raise error
 
     def draw(self, epoch: int, index: int, file: int) -> Draw:
         """The draw of slot `index` in pass `epoch`, to be read from `file`: `index` itself, or its substitute."""

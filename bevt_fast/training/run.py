@@ -136,8 +136,8 @@ class Run:
     def _next_batch(self) -> JointBatch:
         try:
             return next(self.batches)
-        except DataError:  # the loader has met too many bad files; they are written down before the run ends
-            self.quarantine.add(self.batches.bad_files)
+        except DataError as error:  # too many bad files in a row: they are written down before the run ends
+            self.quarantine.add([*self.batches.bad_files, *error.records])
             raise
 
     def check(self, step: int, losses: list[Losses]) -> None:

@@ -119,6 +119,20 @@ def test_too_many_bad_files_end_the_run(clips_only, here) -> None:
     assert 3 <= len(records(config)) <= len(KINDS)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_nothing_but_bad_files_is_named_file_by_file(workers: int, settings, here, tmp_path: Path) -> None:
+    place = tmp_path / "videos"
+    place.mkdir()
+    for number in range(4):
+        (place / f"{number}.mp4").write_text("<html>404 not found</html>")
+    options = {"root": str(place), "kind": "clips", "frames": 4, "stride": 1}
+    source = {"name": "file_list", "options": options}
+    config = settings({"clips.source": source, "clips.heldout": None, "images": None, "data.workers": workers})
+    done = here(config)
+    assert done.code == 3 and "in a row cannot be read" in done.error and "Traceback" not in done.error
+    assert sorted(Path(record["path"]).name for record in records(config)) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+
+
 # -- the file itself ---------------------------------------------------------------------------------------------------
 
 
