@@ -1,0 +1,69 @@
+"""Makes Triton's interpreter compute bfloat16 as a GPU does: by value, rounded to nearest even.
+
+Triton 3.6 to 3.9 keep bfloat16 in the interpreter as raw 16-bit integers and add, multiply and round those, without a
+word. Reductions still run on the raw integers: kernels convert to float32 before they sum.
+"""
+
+from typing import Any
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+numpy: Any = interpreter.np  # type: ignore[attr-defined]
+Handle: Any = interpreter.TensorHandle
+
+
+def correct_bf16() -> None:
+    """Replace the four operations that bfloat16 passes through. Once per process; a second call does nothing."""
+    builder: Any = interpreter.InterpreterBuilder
+    if getattr(builder, "_bevt_kernels_bf16", False):
+        return
+    builder._bevt_kernels_bf16 = True
+    cast, binary, unary, dot = builder.cast_impl, builder.binary_op, builder.unary_op, builder.create_dot
+
+    def corrected_cast(self: Any, source: Any, target: Any) -> Any:
+        to = target.scalar
+        if _is_bf16(source) and to != tl.bfloat16:
+            wide = Handle(_widen(source.data), tl.float32)
+            return wide if to == tl.float32 else cast(self, wide, target)
+        if to == tl.bfloat16 and not _is_bf16(source):
+            return Handle(_narrow(source.data.astype(numpy.float32)), tl.bfloat16)
+        return cast(self, source, target)
+
+    def corrected_binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        if not _is_bf16(left):
+            return binary(self, left, right, operation)
+        return _result(operation(_widen(left.data), _widen(right.data)))
+
+    def corrected_unary(self: Any, value: Any, operation: Any) -> Any:
+        if not _is_bf16(value):
+            return unary(self, value, operation)
+        return _result(operation(_widen(value.data)))
+
+    def corrected_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (Handle(_widen(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    builder.cast_impl, builder.binary_op = corrected_cast, corrected_binary
+    builder.unary_op, builder.create_dot = corrected_unary, corrected_dot
+
+
+def _is_bf16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _widen(bits: Any) -> Any:
+    return (numpy.ascontiguousarray(bits).astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def _narrow(values: Any) -> Any:
+    values = numpy.ascontiguousarray(values, dtype=numpy.float32)
+    bits = values.view(numpy.uint32)
+    nearest = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(numpy.uint16)
+    return numpy.where(numpy.isnan(values), numpy.uint16(0x7FC0), nearest)
+
+
+def _result(values: Any) -> Any:
+    if values.dtype == numpy.bool_:
+        return Handle(values, tl.int1)
+    return Handle(_narrow(values), tl.bfloat16)

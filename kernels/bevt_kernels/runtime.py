@@ -1,0 +1,169 @@
+"""Who answers a call: the fused kernels on an NVIDIA GPU, the reference elsewhere, or whom `implementation` names.
+
+Every kernel is started through `launch`, so that `compile_check` can see exactly what a GPU would be given: under
+`recording` the host side of a kernel runs on meta tensors, and what it would launch is written down instead.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the reference answers everything
+
+    class _Missing:
+        """Stands in for `triton` and `tl`, so that a kernel file can be read where nothing will launch it."""
+
+        constexpr = None
+
+        def jit(self, function: Any) -> Any:
+            return function
+
+        def cdiv(self, a: int, b: int) -> int:
+            return -(-a // b)
+
+    triton = tl = cast(Any, _Missing())
+    AVAILABLE = False
+else:
+    AVAILABLE = True
+
+INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from . import interpreter
+
+    interpreter.correct_bf16()
+
+OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
+Implementation = Literal["auto", "reference", "fused"]
+
+_implementation: Implementation = "auto"
+_warned: set[str] = set()
+_launches: "list[Launch] | None" = None
+_target = 0
+
+
+class Inner(NamedTuple):
+    """What one pass of a kernel's hot loop computes; `compile_check` divides its instructions by it."""
+
+    scores: int  # elements of the tile, padding included
+    flops: float  # useful FLOP per useful element
+    waste: float  # padded over useful elements
+
+
+class Launch(NamedTuple):
+    """One kernel start, as a GPU would have been given it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    inner: Inner | None
+
+
+@contextmanager
+def implementation(name: Implementation) -> Iterator[None]:
+    """Choose who answers within the block: "reference", "fused", or "auto" (the default).
+
+    "auto" asks the kernels wherever they can run. "fused" does the same, and also runs them on a CPU under Triton's
+    interpreter (TRITON_INTERPRET=1); what they cannot do falls back to the reference with one warning.
+    """
+    global _implementation
+    if name not in ("auto", "reference", "fused"):
+        raise ValueError(f"implementation: expected 'auto', 'reference' or 'fused', got {name!r}")
+    before, _implementation = _implementation, name
+    try:
+        yield
+    finally:
+        _implementation = before
+
+
+def fused(function: str, device: torch.device, refusal: str | None = None) -> bool:
+    """Whether the kernels answer this call of `function`; `refusal` says why they cannot, if they cannot.
+
+    Where somebody might have expected them, and only there, one warning gives the reason.
+    """
+    if _implementation == "reference":
+        return False
+    missing = _missing(device.type, device.index)
+    if missing is None and refusal is None:
+        return True
+    if _implementation == "fused" or (device.type == "cuda" and missing is None):
+        warn_once(f"{function}: {missing or refusal}; the reference answers instead")
+    return False
+
+
+def warn_once(text: str) -> None:
+    """The same sentence is said once per process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=2)
+
+
+@torch.compiler.assume_constant_result
+def _missing(device: str, index: int | None) -> str | None:
+    """Why no kernel can run on this device; None if they can."""
+    if not AVAILABLE:
+        return "Triton is not installed"
+    if device == "cpu" and INTERPRETED:
+        return None if _implementation == "fused" else "the interpreter is only for implementation('fused')"
+    if device != "cuda" or torch.version.hip:
+        return f"the kernels need an NVIDIA GPU, not a tensor on {device!r}"
+    found = torch.cuda.get_device_capability(index)
+    if found < OLDEST:
+        return f"the kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {found[0]}.{found[1]}"
+    return None
+
+
+def capability(device: torch.device) -> int:
+    """80, 90, 100, ...: what a kernel's configuration is chosen by."""
+    if _launches is not None:
+        return _target
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    inner: Inner | None = None,
+    **constants: Any,
+) -> None:
+    """Start `kernel` with positional arguments and named compile-time constants; a grid with a zero starts nothing."""
+    if _launches is not None:
+        _launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, inner))
+        return
+    if 0 in grid:
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    if device.type == "cuda":
+        # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    else:
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+@contextmanager
+def recording(target: int) -> Iterator[list[Launch]]:
+    """Write launches down instead of starting them, as for a GPU of compute capability `target` (80, 90, 100)."""
+    global _launches, _target
+    before = _launches, _target
+    _launches, _target = [], target
+    try:
+        yield _launches
+    finally:
+        _launches, _target = before
