@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
-from .runtime import launch, tl, triton
+from .runtime import cdiv, launch, tl, triton
 from .window_geometry import Plan
 
 LARGEST = 60000.0  # a finite float16; times 32**-0.5 it is a bias of 10,600
@@ -125,7 +125,7 @@ def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bo
     block = 1024
     launch(
         _bias_tiles,
-        (triton.cdiv(elements, block), plan.kinds),
+        (cdiv(elements, block), plan.kinds),
         table,
         index,
         tiles,
@@ -160,7 +160,7 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
     block = 1024
     launch(
         _sum_groups,
-        (triton.cdiv(elements, block), heads, kinds),
+        (cdiv(elements, block), heads, kinds),
         partial,
         first,
         total,
@@ -174,7 +174,7 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
     used = len(plan.row)
     launch(
         _table_gradient,
-        (triton.cdiv(used, 8), triton.cdiv(heads, 4)),
+        (cdiv(used, 8), cdiv(heads, 4)),
         total,
         plan.row,
         plan.entry,
