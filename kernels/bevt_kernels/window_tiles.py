@@ -78,7 +78,7 @@ def _store(ptr, rows, value, exists, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _place(pid, GROUP, strips, nH):
+def _place(pid, GROUP, strips, nH) -> Any:
     """Program number -> (window, strip, head): windows run fastest inside a group, so neighbours share a bias strip."""
     per = GROUP * strips * nH
     rest = pid % per
