@@ -271,7 +271,7 @@ def _configuration(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
     memory along either axis.
     """
     C = tokens.shape[-1]
-    BLOCK_C = max(16, triton.next_power_of_2(C))
+    BLOCK_C = runtime.power_of_2(max(16, C))
     H, W = tokens.shape[-3:-1]
     rows, columns = (1, 1) if mask is None or not mask.numel() else (H // mask.shape[-2], W // mask.shape[-1])
     return {
@@ -325,7 +325,7 @@ def _run_forward(
     out = tokens.new_empty(tokens.shape, dtype=dtype)
     sizes, (steps,) = _merged(tokens.shape[:-1], tokens.stride()[:-1])
     constants = _configuration(tokens, mask)
-    tiles = math.prod(sizes[:3]) * -(-sizes[3] // constants["BLOCK_M"])
+    tiles = math.prod(sizes[:3]) * runtime.cdiv(sizes[3], constants["BLOCK_M"])
     token = norm_weight if mask_token is None else mask_token.reshape(-1)
     runtime.launch(
         _masked_embedding_fwd,
@@ -374,7 +374,7 @@ def _run_backward(
     like = dx if wants_tokens else tokens
     sizes, (steps, dx_steps) = _merged(tokens.shape[:-1], tokens.stride()[:-1], like.stride()[:-1])
     constants = _configuration(tokens, mask)
-    tiles = math.prod(sizes[:3]) * -(-sizes[3] // constants["BLOCK_M"])
+    tiles = math.prod(sizes[:3]) * runtime.cdiv(sizes[3], constants["BLOCK_M"])
     programs = min(tiles, PROGRAMS)
     partial = tokens.new_empty((programs, *sums.shape), dtype=torch.float32)
     runtime.launch(
