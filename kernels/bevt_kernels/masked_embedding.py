@@ -273,7 +273,8 @@ def _configuration(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
     C = tokens.shape[-1]
     BLOCK_C = runtime.power_of_2(max(16, C))
     H, W = tokens.shape[-3:-1]
-    rows, columns = (1, 1) if mask is None or not mask.numel() else (H // mask.shape[-2], W // mask.shape[-1])
+    rows, columns = (1, 1) if mask is None else (H // mask.shape[-2], W // mask.shape[-1])
+    BLOCK_M = max(1, min(32, TILE // BLOCK_C))
     return {
         "C": C,
         "HIDES": mask is not None,
@@ -282,8 +283,8 @@ def _configuration(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
         "CELL_H": rows,
         "CELL_W": columns,
         # rows of a tile that surely lie in one cell together
-        "RUN": math.gcd(columns, 16),
-        "BLOCK_M": max(1, min(32, TILE // BLOCK_C)),
+        "RUN": math.gcd(columns, BLOCK_M),
+        "BLOCK_M": BLOCK_M,
         "BLOCK_C": BLOCK_C,
         "num_warps": WARPS,
         "num_stages": 1,

@@ -122,18 +122,25 @@ def _fused(*arguments):
 def test_the_kernels_are_as_exact_as_torch(case, dtype, poisoned):
     arguments = _drawn(case, dtype)
     upstream = torch.randn(arguments[0].shape, device=DEVICE)
-    fused, again, eager = (_results(f, arguments, upstream) for f in (_fused, _fused, reference))
+    fused, eager = (_results(f, arguments, upstream) for f in (_fused, reference))
     exact = [x.double() if x is not None and x.is_floating_point() else x for x in arguments]
     truth = _results(reference, exact, upstream.to(dtype))
     assert fused.keys() == eager.keys() == truth.keys()
     for name in truth:
         assert_as_exact_as_torch(name, fused[name], eager[name], truth[name])
-        assert torch.equal(fused[name], again[name]), name
     assert fused["output"].is_contiguous()
     if case.cells:
         hidden = torch.where(eager["output"] == arguments[4].flatten(), True, False).all(dim=-1)
         assert (fused["tokens"][hidden] == 0).all()
         assert_same_bits("hidden tokens", fused["output"][hidden], eager["output"][hidden])
+
+
+@needs_kernels
+def test_two_runs_give_equal_bits():
+    arguments = _drawn(SMALL[0], torch.bfloat16)
+    upstream = torch.randn(arguments[0].shape, device=DEVICE)
+    once, again = (_results(_fused, arguments, upstream) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 @needs_kernels
@@ -214,6 +221,7 @@ def test_the_operators_keep_torchs_rules():
     torch.library.opcheck(
         torch.ops.bevt_kernels.masked_embedding_backward.default,
         (torch.randn_like(tokens), tokens, mask, weight, 1e-5, True, True),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 
