@@ -219,7 +219,8 @@ def _sizes(qkv: Tensor, plan: Plan) -> tuple[int, int, int, int]:
 
 def _shape(qkv: Tensor, plan: Plan) -> dict[str, int | bool]:
     # with one kind the bias tile stays in registers; sm_80 has none to spare and loads it for each window
+    resident = plan.kinds == 1 and capability(qkv.device) >= 90
     return {
         "N": plan.tokens_per_window, "D": qkv.shape[6], "DP": padded_width(qkv.shape[6]), "TILE": plan.tile,
-        "WIDE": is_wide(qkv.dtype), "ONE_KIND": plan.kinds == 1 and capability(qkv.device) >= 90, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
+        "WIDE": is_wide(qkv.dtype), "ONE_KIND": resident, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
     }  # fmt: skip
