@@ -168,7 +168,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype)), out, lse, c, separated,
         *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
-        num_warps=plan.tile // 16,
+        num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.tile**2 / plan.tokens_per_window**2),
     )  # fmt: skip
@@ -190,7 +190,7 @@ def backward(
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype), transposed=True), out, grad, lse,
         dqkv, partial, c, scale, separated, *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
-        num_warps=plan.tile // 16,
+        num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {90: 2}),
         inner=Inner(plan.tile**2, 10 * width, plan.tile**2 / plan.tokens_per_window**2),
     )  # fmt: skip
@@ -209,6 +209,11 @@ def _groups(windows: int, heads: int) -> tuple[int, int]:
 def _all(groups: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor([0, groups], dtype=torch.int32, device="cpu").to(device)
+
+
+def _warps(qkv: Tensor, plan: Plan) -> int:
+    """One for 16 rows of a 16-bit product; plain float32 products need more threads to hold their operands."""
+    return plan.tile // (8 if qkv.dtype == torch.float32 else 16)
 
 
 def _sizes(qkv: Tensor, plan: Plan) -> tuple[int, int, int, int]:
