@@ -4,7 +4,7 @@ Legend: P positions, of which the list of hidden rows names some; K feature widt
 tiles; SLICE rows are scored and turned at a time, a chunk of rows enters the gradients at once.
 """
 
-from ._hidden_rows import best_of, linear_tile, row_of, tile_of
+from ._hidden_rows import linear_tile, row_of, tile_of
 from .runtime import tl, triton
 
 
@@ -17,20 +17,22 @@ def score(
     rows_ptr,  # (P,) int32
     count_ptr,  # (1,) int32
     logits_ptr,  # (SLICE, V padded to whole tiles), where a gradient is wanted
-    sums_ptr,  # (3, tiles, SLICE) float32: of each tile's part of a row the maximum and two sums of exps
-    first_ptr,  # (tiles, SLICE) int32: the lowest column that has the maximum
+    sums_ptr,  # (3, parts, SLICE) float32: of each part of a row the maximum and two sums of exps
+    first_ptr,  # (parts, SLICE) int32: the lowest column that has the maximum
     hit_ptr,  # (SLICE,) float32: the target's score
     start,
     P,
     slots,
     stride_xm,
     stride_wn,
-    K: tl.constexpr,
+    K,
     V: tl.constexpr,
+    EVEN_K: tl.constexpr,
     SLICE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -44,30 +46,74 @@ def score(
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = row_of(start + offs_m, rows_ptr, count, GATHER)
     scores = linear_tile(
-        x_ptr, w_ptr, b_ptr, row, offs_n, stride_xm, stride_wn, K, V, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K
+        x_ptr,
+        w_ptr,
+        b_ptr,
+        row,
+        offs_n,
+        stride_xm,
+        stride_wn,
+        K,
+        V,
+        EVEN_K,
+        HAS_BIAS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
-    best, first = best_of(scores, offs_n, V)
-    # a tile whose every score is -inf adds nothing
-    peak = tl.where(best == float("-inf"), 0.0, best)
-    out = tile_n * SLICE + offs_m
-    tl.store(sums_ptr + out, best)
-    tl.store(sums_ptr + TILES * SLICE + out, tl.sum(tl.exp(scores - peak[:, None]), 1))
-    tl.store(first_ptr + out, first)
     target = tl.load(targets_ptr + row)
-    hit = tl.sum(tl.where(offs_n[None, :] == target[:, None], scores, 0.0), 1)
-    inside = (target >= 0) & (target < V)
-    tl.store(hit_ptr + offs_m, hit, mask=inside & (target // BLOCK_N == tile_n))
+    VP: tl.constexpr = TILES * BLOCK_N
+    if PARTS == 1:
+        _score_part(scores, tile_n, logits_ptr, sums_ptr, first_ptr, hit_ptr, target, offs_m, V, VP, SLICE, KEEP)
+    else:
+        # half of the columns at a time: the work on a whole tile would not fit the registers beside it
+        halves = tl.permute(tl.reshape(scores, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _score_part(left, tile_n * 2, logits_ptr, sums_ptr, first_ptr, hit_ptr, target, offs_m, V, VP, SLICE, KEEP)
+        _score_part(right, tile_n * 2 + 1, logits_ptr, sums_ptr, first_ptr, hit_ptr, target, offs_m, V, VP, SLICE, KEEP)
+
+
+@triton.jit
+def _score_part(
+    scores,  # (BLOCK_M, columns) float32
+    part,
+    logits_ptr,
+    sums_ptr,
+    first_ptr,
+    hit_ptr,
+    target,  # (BLOCK_M,) int64
+    offs_m,
+    V: tl.constexpr,
+    VP: tl.constexpr,
+    SLICE: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """What is kept of the columns from `part` times their number on."""
+    COLUMNS: tl.constexpr = scores.shape[1]
+    ALL: tl.constexpr = VP // COLUMNS * SLICE
+    offs_n = tl.arange(0, COLUMNS)
+    best = tl.max(scores, 1)
+    first = tl.min(tl.where(scores == best[:, None], offs_n[None, :], V), 1)
+    hit = tl.sum(tl.where(offs_n[None, :] == (target - part * COLUMNS)[:, None], scores, 0.0), 1)
+    # a part whose every score is -inf adds nothing
+    peak = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.sum(tl.exp(scores - peak[:, None]), 1)
+    out = part * SLICE + offs_m
+    tl.store(sums_ptr + out, best)
+    tl.store(sums_ptr + ALL + out, total)
+    tl.store(first_ptr + out, first + part * COLUMNS)
+    tl.store(hit_ptr + offs_m, hit, mask=(target >= 0) & (target < V) & (target // COLUMNS == part))
     if KEEP:
         rounded = scores.to(logits_ptr.dtype.element_ty)
-        tl.store(logits_ptr + offs_m.to(tl.int64)[:, None] * (TILES * BLOCK_N) + offs_n[None, :], rounded)
-        exps = tl.exp(rounded.to(tl.float32) - peak[:, None])
-        tl.store(sums_ptr + 2 * TILES * SLICE + out, tl.sum(exps, 1))
+        tl.store(sums_ptr + 2 * ALL + out, tl.sum(tl.exp(rounded.to(tl.float32) - peak[:, None]), 1))
+        at = logits_ptr + offs_m.to(tl.int64)[:, None] * VP + (part * COLUMNS + offs_n)[None, :]
+        tl.store(at, rounded)
 
 
 @triton.jit
 def merge(
-    sums_ptr,  # (3, tiles, SLICE) float32
-    first_ptr,  # (tiles, SLICE) int32
+    sums_ptr,  # (3, parts, SLICE) float32
+    first_ptr,  # (parts, SLICE) int32
     hit_ptr,  # (SLICE,) float32
     targets_ptr,  # (P,) int64
     rows_ptr,  # (P,) int32
@@ -78,12 +124,12 @@ def merge(
     start,
     P,
     V: tl.constexpr,
-    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     SLICE: tl.constexpr,
     GATHER: tl.constexpr,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     count = tl.load(count_ptr) if GATHER else P
     begin = start + tl.program_id(0) * ROWS
@@ -94,23 +140,23 @@ def merge(
     total = tl.zeros((ROWS,), tl.float32)
     rounded = tl.zeros((ROWS,), tl.float32)
     first = tl.full((ROWS,), V, tl.int32)
-    for t in range(0, TILES, BLOCK_T):
-        tile = t + tl.arange(0, BLOCK_T)
-        at = tile[:, None] * SLICE + offs_m[None, :]
-        real = tile[:, None] < TILES
+    for p in range(0, PARTS, BLOCK_P):
+        part = p + tl.arange(0, BLOCK_P)
+        at = part[:, None] * SLICE + offs_m[None, :]
+        real = part[:, None] < PARTS
         best = tl.load(sums_ptr + at, mask=real, other=float("-inf"))
         highest = tl.maximum(peak, tl.max(best, 0))
         base = tl.where(highest == float("-inf"), 0.0, highest)
         shrink = tl.exp(peak - base)
         weight = tl.exp(best - base[None, :])
-        sums = tl.load(sums_ptr + TILES * SLICE + at, mask=real, other=0.0)
+        sums = tl.load(sums_ptr + PARTS * SLICE + at, mask=real, other=0.0)
         total = total * shrink + tl.sum(sums * weight, 0)
         if KEEP:
-            sums = tl.load(sums_ptr + 2 * TILES * SLICE + at, mask=real, other=0.0)
+            sums = tl.load(sums_ptr + 2 * PARTS * SLICE + at, mask=real, other=0.0)
             rounded = rounded * shrink + tl.sum(sums * weight, 0)
         column = tl.load(first_ptr + at, mask=real, other=V)
         lowest = tl.min(tl.where(best == highest[None, :], column, V), 0)
-        # an earlier tile has the lower columns, so it wins a tie
+        # an earlier part has the lower columns, so it wins a tie
         first = tl.where(highest > peak, lowest, tl.minimum(first, lowest))
         peak = highest
     if KEEP:
@@ -197,14 +243,14 @@ def gradient_x(
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = tl.arange(0, BLOCK_K)
     dz_ptrs = dz_ptr + offs_m.to(tl.int64)[:, None] * VP + offs_v[None, :]
-    w_ptrs = w_ptr + offs_v.to(tl.int64)[:, None] * stride_wn + tl.minimum(offs_n, K - 1)[None, :]
+    w_ptrs = w_ptr + offs_v.to(tl.int64)[:, None] * stride_wn + offs_n[None, :]
     dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for v in range(0, V, BLOCK_K):
         dz = tl.load(dz_ptrs)
-        if V % BLOCK_K == 0:
+        if (V % BLOCK_K == 0) & (K % BLOCK_N == 0):
             w = tl.load(w_ptrs)
         else:
-            w = tl.load(w_ptrs, mask=offs_v[:, None] < V - v, other=0.0)
+            w = tl.load(w_ptrs, mask=(offs_v[:, None] < V - v) & (offs_n[None, :] < K), other=0.0)
         dx = tl.dot(dz, w, dx, input_precision="ieee")
         dz_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wn
@@ -215,7 +261,7 @@ def gradient_x(
 
 @triton.jit
 def gradient_w(
-    dz_ptr,  # (slots, VP), zeros in rows beyond the last up to a whole BLOCK_K
+    dz_ptr,  # (slots, VP), zeros in rows beyond the last up to a whole BLOCK_K; VP is whole in BLOCK_M
     x_ptr,  # (P, K)
     rows_ptr,  # (P,) int32
     count_ptr,  # (1,) int32
@@ -240,20 +286,22 @@ def gradient_w(
     offs_v = (tl.program_id(0) // TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_K)
-    column = tl.minimum(offs_n, K - 1)
-    dz_ptrs = dz_ptr + offs_r.to(tl.int64)[:, None] * VP + tl.minimum(offs_v, VP - 1)[None, :]
-    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dz_ptrs = dz_ptr + offs_r.to(tl.int64)[:, None] * VP + offs_v[None, :]
+    at = dw_ptr + offs_v.to(tl.int64)[:, None] * K + offs_n[None, :]
+    real = (offs_v[:, None] < V) & (offs_n[None, :] < K)
+    # the sum so far comes first: after the product there would be no registers to hold it
+    dw = tl.load(at, mask=real & (start > 0), other=0.0)
     for r in range(0, tl.minimum(count - start, slots), BLOCK_K):
         dz = tl.load(dz_ptrs)
         # the last row stands in for those beyond it, against the zeros of dz
         row = row_of(start + r + offs_r, rows_ptr, count, GATHER)
-        x = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :])
+        x_ptrs = x_ptr + row[:, None] * stride_xm + offs_n[None, :]
+        if K % BLOCK_N == 0:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=offs_n[None, :] < K, other=0.0)
         dw = tl.dot(tl.trans(dz), x, dw, input_precision="ieee")
         dz_ptrs += BLOCK_K * VP
-    at = dw_ptr + offs_v.to(tl.int64)[:, None] * K + offs_n[None, :]
-    real = (offs_v[:, None] < V) & (offs_n[None, :] < K)
-    if start > 0:
-        dw += tl.load(at, mask=real, other=0.0)
     tl.store(at, dw, mask=real)
 
 

@@ -99,8 +99,9 @@ def linear_tile(
     offs_n,  # (BLOCK_N,) columns of the tile, perhaps beyond V
     stride_xm,
     stride_wn,
-    K: tl.constexpr,
+    K,  # not a constant: a loop of known length would be unrolled whole
     V: tl.constexpr,
+    EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,7 +115,7 @@ def linear_tile(
     w_ptrs = w_ptr + column.to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
     scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
+        if EVEN_K:
             x = tl.load(x_ptrs + k)
             w = tl.load(w_ptrs + k)
         else:

@@ -63,12 +63,13 @@ class Products(NamedTuple):
     dw: Product
 
 
-def products(dtype: torch.dtype, capability: int) -> Products:
-    """Tiles by dtype and chip. From machine code (no spill, shared memory), not from a stopwatch."""
+def products(dtype: torch.dtype, capability: int, width: int, vocabulary: int) -> Products:
+    """Tiles by dtype, chip and sizes. From machine code (no spill, shared memory), not from a stopwatch."""
     if dtype == torch.float32:
         return Products(*[Product(64, 64, 32, 4, 2)] * 3)
-    if capability < 90:
-        return Products(*[Product(128, 128, 32, 8, 3)] * 3)
+    # the large tile has no registers left for masks
+    if width % 256 or vocabulary % 256:
+        return Products(*[Product(128, 128, 64, 8, 3)] * 3)
     return Products(*[Product(128, 256, 64, 8, 3)] * 3)
 
 
@@ -108,7 +109,7 @@ def _forward(
     """
     (positions, width), vocabulary = x.shape, len(weight)
     rows, count = (targets, targets) if mask is None else hidden_rows(mask)
-    tiles = products(x.dtype, runtime.capability(x.device))
+    tiles = products(x.dtype, runtime.capability(x.device), width, vocabulary)
     work = Work(x, weight, bias, targets, rows, count, tiles, {"GATHER": mask is not None})
     chunk = min(CHUNK, triton.cdiv(positions, PAD) * PAD)
     keep = want_x or want_w or want_b
@@ -146,18 +147,20 @@ def _score_and_turn(
     """One slice of rows: scores, losses, and in `logits` the gradient of the scores."""
     x, weight, _, targets, rows, count, (tile, *_), constants = work
     (positions, width), vocabulary = x.shape, len(weight)
-    slots, columns_of_tiles = min(SLICE, positions - start), triton.cdiv(vocabulary, tile.n)
-    sums = work.new(3 if keep else 2, columns_of_tiles, SLICE)
-    first, hit = work.new(columns_of_tiles, SLICE, dtype=torch.int32), work.new(SLICE)
+    slots, cut = min(SLICE, positions - start), tile.n // 128 or 1
+    parts = work.padded // tile.n * cut
+    sums = work.new(3 if keep else 2, parts, SLICE)
+    first, hit = work.new(parts, SLICE, dtype=torch.int32), work.new(SLICE)
     bias = weight if work.bias is None else work.bias
     launch(
         kernels.score,
-        (triton.cdiv(slots, tile.m) * columns_of_tiles,),
+        (triton.cdiv(slots, tile.m) * (work.padded // tile.n),),
         *(x, weight, bias, targets, rows, count, logits, sums, first, hit),
-        *(start, positions, slots, x.stride(0), weight.stride(0)),
+        *(start, positions, slots, x.stride(0), weight.stride(0), width),
         **tile.launch(waste=work.padded / vocabulary),
         **constants,
-        **{"K": width, "V": vocabulary, "SLICE": SLICE, "HAS_BIAS": work.bias is not None, "KEEP": keep},
+        **{"V": vocabulary, "EVEN_K": width % tile.k == 0, "SLICE": SLICE, "HAS_BIAS": work.bias is not None},
+        **{"KEEP": keep, "PARTS": cut},
     )
     lse = work.new(SLICE if keep else 0)
     launch(
@@ -166,8 +169,8 @@ def _score_and_turn(
         *(sums, first, hit, targets, rows, count, lse, losses, right, start, positions),
         num_warps=4,
         **constants,
-        **{"V": vocabulary, "TILES": columns_of_tiles, "SLICE": SLICE, "KEEP": keep, "ROWS": ROWS},
-        BLOCK_T=min(64, triton.next_power_of_2(columns_of_tiles)),
+        **{"V": vocabulary, "PARTS": parts, "SLICE": SLICE, "KEEP": keep, "ROWS": ROWS},
+        BLOCK_P=min(64, triton.next_power_of_2(parts)),
     )
     if keep:
         launch(
