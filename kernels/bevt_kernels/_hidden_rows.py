@@ -127,10 +127,3 @@ def linear_tile(
     if V % BLOCK_N != 0:
         scores = tl.where(offs_n[None, :] < V, scores, float("-inf"))
     return scores
-
-
-@triton.jit
-def best_of(scores, offs_n, V: tl.constexpr):
-    """Of each row, the largest score and the lowest column that has it."""
-    best = tl.max(scores, 1)
-    return best, tl.min(tl.where(scores == best[:, None], offs_n[None, :], V), 1)

@@ -67,8 +67,8 @@ def products(dtype: torch.dtype, capability: int, width: int, vocabulary: int) -
     """Tiles by dtype, chip and sizes. From machine code (no spill, shared memory), not from a stopwatch."""
     if dtype == torch.float32:
         return Products(*[Product(64, 64, 32, 4, 2)] * 3)
-    # the large tile has no registers left for masks
-    if width % 256 or vocabulary % 256:
+    # the large tile leaves no registers for masks, nor, before wgmma, for its operands
+    if capability < 90 or width % 256 or vocabulary % 256:
         return Products(*[Product(128, 128, 64, 8, 3)] * 3)
     return Products(*[Product(128, 256, 64, 8, 3)] * 3)
 
