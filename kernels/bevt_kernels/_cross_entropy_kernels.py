@@ -38,7 +38,7 @@ def score(
     BLOCK_K: tl.constexpr,
 ):
     TILES: tl.constexpr = (V + BLOCK_N - 1) // BLOCK_N
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(slots, BLOCK_M), TILES, 16)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(slots, BLOCK_M), TILES, 16)  # pyright: ignore
     count = tl.load(count_ptr) if GATHER else P
     if start + tile_m * BLOCK_M >= count:
         return
@@ -235,7 +235,7 @@ def gradient_x(
     BLOCK_K: tl.constexpr,
 ):
     """dz @ w, each row to where its features stand."""
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(slots, BLOCK_M), (K + BLOCK_N - 1) // BLOCK_N, 8)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(slots, BLOCK_M), (K + BLOCK_N - 1) // BLOCK_N, 8)  # pyright: ignore
     count = tl.load(count_ptr) if GATHER else P
     if start + tile_m * BLOCK_M >= count:
         return

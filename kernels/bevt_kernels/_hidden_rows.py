@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .runtime import Inner, launch, tl, triton
+from .runtime import Inner, cdiv, launch, tl, triton
 
 BLOCK = 4096
 MOST_ROWS = 2**31 - 2 * BLOCK  # a row's number fits an int32, that of a padding row too
@@ -67,7 +67,7 @@ def hidden_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     positions = mask.numel()
     rows = torch.empty(positions, dtype=torch.int32, device=mask.device)
     count = torch.zeros(1, dtype=torch.int32, device=mask.device)
-    blocks = triton.cdiv(positions, BLOCK)
+    blocks = cdiv(positions, BLOCK)
     launch(_compact, (blocks,), mask.view(torch.uint8), rows, count, positions, num_warps=8, BLOCK=BLOCK)
     return rows, count
 

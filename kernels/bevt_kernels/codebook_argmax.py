@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import runtime
 from ._hidden_rows import MOST_ROWS, Product, hidden_rows, linear_tile, row_of, tile_of
-from .runtime import launch, tl, triton
+from .runtime import cdiv, launch, power_of_2, tl, triton
 
 NAME = "codebook_argmax"
 RETURNS_IDS = True
@@ -59,7 +59,7 @@ def _choose(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(P, BLOCK_M), (V + BLOCK_N - 1) // BLOCK_N, 16)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(P, BLOCK_M), (V + BLOCK_N - 1) // BLOCK_N, 16)  # pyright: ignore
     count = tl.load(count_ptr) if GATHER else P
     if tile_m * BLOCK_M >= count:
         return
@@ -127,20 +127,20 @@ def _merge(
 # 3. Allocate and launch. There is nothing to differentiate.
 
 
-def product(dtype: torch.dtype, capability: int, vocabulary: int) -> Product:
+def product(dtype: torch.dtype, capability: int, width: int, vocabulary: int) -> Product:
     """The tile by dtype, chip and codebook. From machine code (no spill, shared memory), not from a stopwatch."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or width % 16:
         return Product(64, 64, 32, 4, 2)
-    if capability < 90 or vocabulary % 256:
-        return Product(128, 128, 64, 8, 3)
-    return Product(128, 256, 64, 8, 3)
+    if capability == 90 and vocabulary % 256 == 0:
+        return Product(128, 256, 64, 8, 3)
+    return Product(128, 128, 64, 8, 3)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     """(P, K), (V, K), (V,), (P,) -> (P,) int64."""
     (positions, width), vocabulary = x.shape, len(weight)
-    tile = product(x.dtype, runtime.capability(x.device), vocabulary)
-    tiles, cut = triton.cdiv(vocabulary, tile.n), max(tile.n // 128, 1)
+    tile = product(x.dtype, runtime.capability(x.device), width, vocabulary)
+    tiles, cut = cdiv(vocabulary, tile.n), max(tile.n // 128, 1)
     ids = torch.empty(positions, dtype=torch.int64, device=x.device)
     rows, count = (ids, ids) if mask is None else hidden_rows(mask)
     if mask is not None:
@@ -150,7 +150,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
     constants: dict[str, Any] = {"V": vocabulary, "GATHER": mask is not None}
     launch(
         _choose,
-        (triton.cdiv(positions, tile.m) * tiles,),
+        (cdiv(positions, tile.m) * tiles,),
         *(x, weight, weight if bias is None else bias, rows, count, best, first),
         *(positions, x.stride(0), weight.stride(0), width),
         **tile.launch(waste=tiles * tile.n / vocabulary),
@@ -159,11 +159,13 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
     )
     launch(
         _merge,
-        (triton.cdiv(positions, 32),),
+        (cdiv(positions, 32),),
         *(best, first, rows, count, ids, positions),
         num_warps=4,
         **constants,
-        **{"PARTS": tiles * cut, "BLOCK_M": 32, "BLOCK_P": min(64, triton.next_power_of_2(tiles * cut))},
+        PARTS=tiles * cut,
+        BLOCK_M=32,
+        BLOCK_P=min(64, power_of_2(tiles * cut)),
     )
     return ids
 
@@ -259,9 +261,9 @@ CASES = [
     Case(positions=64 * 196, hidden=None),
     Case(positions=64 * 196, hidden=None, width=48, vocabulary=8192),  # patches of 4 x 4 pixels against centroids
     Case(positions=37, hidden=None, width=48, vocabulary=100, small=True),
-    Case(positions=300, hidden=0.4, width=80, vocabulary=512, small=True),
+    Case(positions=180, hidden=0.8, width=80, vocabulary=512, small=True),
     Case(positions=150, hidden=0.0, width=32, vocabulary=128, small=True),
-    Case(positions=140, hidden=0.5, width=36, vocabulary=1000, bias=False, small=True),
+    Case(positions=90, hidden=0.5, width=36, vocabulary=300, bias=False, small=True),
 ]
 
 
