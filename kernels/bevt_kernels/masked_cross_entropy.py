@@ -444,7 +444,7 @@ CASES = [
     Case(samples=1, cells=15_680, hidden=None),  # both, gathered by the model
     Case(samples=1, cells=4096, hidden=None, width=768, vocabulary=20_736),  # VideoBERT's centroids
     Case(samples=1, cells=37, hidden=None, width=48, vocabulary=100, small=True),
-    Case(samples=2, frames=4, cells=40, hidden=17, tube=0.5, width=80, vocabulary=260, small=True),
+    Case(samples=1, frames=4, cells=40, hidden=17, tube=0.5, width=80, vocabulary=260, small=True),
     Case(samples=3, cells=50, hidden=0, width=32, vocabulary=128, small=True),
     Case(samples=2, cells=40, hidden=17, width=36, vocabulary=200, bias=False, small=True),
 ]

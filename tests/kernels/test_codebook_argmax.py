@@ -1,6 +1,7 @@
 """The fused choice of a codebook entry, in the interpreter on a CPU."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_what_does_not_fit_is_named(name):
     features, weight = torch.randn(2, 3, 16), torch.randn(10, 16)
     mask = torch.ones(2, 3, dtype=torch.bool)
     with implementation(name):
-        for arguments, words in (
+        wrong: list[tuple[Any, str]] = [
             ((features, weight[:, :8]), r"got \(2, 3, 16\) and \(10, 8\)"),
             ((features, weight[:0]), r"got \(2, 3, 16\) and \(0, 16\)"),
             ((features, weight, torch.zeros(9)), r"the weight \(10, 16\) has no bias \(9,\)"),
@@ -105,7 +106,8 @@ def test_what_does_not_fit_is_named(name):
             ((features, weight, None, mask.float()), r"torch.float32, not torch.bool"),
             ((features, weight.half()), "one dtype, got torch.float16, torch.float32"),
             ((features, weight.to("meta")), "one device, got cpu, meta"),
-        ):
+        ]
+        for arguments, words in wrong:
             with pytest.raises(ValueError, match=words):
                 codebook_argmax(*arguments)
 

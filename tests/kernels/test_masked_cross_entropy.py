@@ -119,7 +119,7 @@ def test_fused_is_as_exact_as_torch_and_repeats_itself(case, dtype):
 def test_many_chunks_of_many_slices(monkeypatch, dtype, gathered):
     for name, rows in (("CHUNK", 256), ("SLICE", 128), ("STRIP", 128)):
         monkeypatch.setattr(module, name, rows)
-    case = module.Case(samples=1, cells=700, hidden=None if gathered else 330, width=32, vocabulary=40)
+    case = module.Case(samples=1, cells=420, hidden=None if gathered else 270, width=32, vocabulary=40)
     arguments = _small(case, dtype)
     _assert_exact(_answers("fused", *arguments), arguments)
 
@@ -141,14 +141,15 @@ def test_any_strides_and_frozen_parts():
     head, targets, mask = nn.Linear(16, 20), torch.randint(20, (2, 3, 4)), torch.rand(2, 3, 4) < 0.5
     head.weight = nn.Parameter(torch.randn(16, 20).T)
     _assert_exact(_answers("fused", features, head, targets, mask), (features, head, targets, mask))
-    everything = dict(zip(NAMES, _answers("fused", features, head, targets, mask, 1.0)))
+    everything: dict[str, torch.Tensor] = dict(zip(NAMES, _answers("fused", features, head, targets, mask, 1.0)))
     for frozen in (("weight",), ("bias",), ("features", "bias"), ("weight", "bias")):
         for name, tensor in (("features", features), ("weight", head.weight), ("bias", head.bias)):
             tensor.requires_grad_(name not in frozen).grad = None
         with implementation("fused"):
             masked_cross_entropy(features, head, targets, mask)[0].backward()
         for name, tensor in (("features", features), ("weight", head.weight), ("bias", head.bias)):
-            assert tensor.grad is None if name in frozen else torch.equal(tensor.grad, everything[name]), name
+            grad = tensor.grad
+            assert (grad is None) == (name in frozen) and (grad is None or torch.equal(grad, everything[name])), name
 
 
 @interpreted
@@ -227,7 +228,7 @@ def test_other_heads_are_called_and_said_so_once(monkeypatch):
     monkeypatch.setattr(runtime, "_warned", set())
     features, head, targets, mask = _case(torch.float32)
     watched = copy.deepcopy(head)
-    watched.register_forward_hook(lambda module, inputs, output: output * 2)
+    watched.register_forward_hook(lambda *given: given[2] * 2.0)
     for other, words in ((nn.Sequential(head), "Sequential"), (watched, "the head has hooks")):
         with pytest.warns(UserWarning, match=f"{words}.*; the reference answers instead"):
             fused = _answers("fused", features, other, targets, mask)
@@ -239,7 +240,7 @@ def test_a_partitioned_head_is_called_as_a_module():
     """ZeRO-3 marks its parameters with `ds_id`, and they are whole between the module's hooks only."""
     features, head, targets, mask = _case(torch.float32)
     expected, whole, calls = _answers("fused", features, head, targets, mask), head.weight.data, []
-    head.weight.ds_id = 0
+    setattr(head.weight, "ds_id", 0)  # noqa: B010, a plain assignment is an unknown attribute to pyright
 
     def gather(module, inputs):
         module.weight.data = whole
