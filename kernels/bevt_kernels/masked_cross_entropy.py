@@ -50,11 +50,12 @@ def reference(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor |
 
 # 3. Autograd: allocate, launch, save.
 
+# each is a multiple of the next
 CHUNK = 4096  # rows whose logits live at once: enough tiles for every multiprocessor in both gradient products
 SLICE = 2048  # rows that are scored and turned at a time: 32 MiB of 16-bit logits of 8192 ids stay in an H100's L2
 STRIP = 256  # rows that a program turns, one after another
-ROWS = 32  # rows whose losses one program merges
 PAD = 128  # the highest tile of rows
+ROWS = 32  # rows whose losses one program merges
 
 
 class Products(NamedTuple):
@@ -183,7 +184,7 @@ def _score_and_turn(
             kernels.turn,
             (work.padded // 64, cdiv(slots, STRIP)),
             *(logits, lse, targets, rows, count, columns, start, positions),
-            num_warps=4,
+            num_warps=8,
             **constants,
             VP=work.padded,
             HAS_BIAS=want_b,
