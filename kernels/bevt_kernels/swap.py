@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import runtime
-from .window_attention import BiasIndex, Triple, bias_rows, shift_mask, used_window, window_attention
+from .window_attention import DTYPES, LARGEST_WINDOW, WIDEST_HEAD, window_attention
+from .window_geometry import BiasIndex, Triple, bias_rows, shift_mask, used_window
 
 NO_SHIFT: Triple = (0, 0, 0)
 ORIGINAL = "_bevt_kernels_original"  # on a swapped class: the class it was derived from
@@ -201,6 +202,17 @@ def _missing(grid: Triple, window: Triple) -> Triple:
     """How many rows each axis lacks to be a multiple of the window."""
     t, h, w = (-length % size for length, size in zip(grid, window))
     return (t, h, w)
+
+
+def _beyond(x: Tensor, width: int, window: Triple, shift: Triple) -> str | None:
+    """Why the kernels cannot do this layer; None if they can."""
+    if x.dtype not in DTYPES:
+        return f"{x.dtype} is not among the dtypes of the kernels"
+    if width > WIDEST_HEAD:
+        return f"its heads have {width} channels, the kernels take {WIDEST_HEAD}"
+    if prod(window) > LARGEST_WINDOW or any(step >= size for step, size in zip(shift, window)):
+        return f"its window {window}, shifted by {shift}, is not one that the kernels take"
+    return None
 
 
 def _watched(attention: nn.Module, *parts: str) -> bool:
