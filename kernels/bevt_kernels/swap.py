@@ -285,7 +285,7 @@ def _belongs_to(block: Any, mask: Tensor, grid: Triple, used: Triple, candidates
     geometry = (tuple(mask.shape), grid, used, tuple(candidates))
     if geometry in marks.masks:
         return marks.masks[geometry]
-    if mask.shape != (prod(g // u for g, u in zip(grid, used)), prod(used), prod(used)):
+    if mask.shape != (prod(grid) // prod(used), prod(used), prod(used)):
         return None
     if torch.compiler.is_compiling():
         return candidates[0] if marks.parent_makes_masks else None
