@@ -108,16 +108,21 @@ def _attend(
     return out.squeeze(1) if image else out
 
 
-def _belongs_to(block: Any, mask: Tensor, grid: Triple, used: Triple, candidates: Sequence[Triple]) -> Triple | None:
-    """Which of these shifts the mask belongs to; None: to none. Its values are read once for each geometry."""
+def _belongs_to(
+    block: Any, mask: Tensor, grid: Triple, used: Triple, candidates: Sequence[Triple], own: bool = False
+) -> Triple | None:
+    """Which of these shifts the mask belongs to; None: to none. Its values are read once for each geometry.
+
+    Under torch.compile there are no values: only a mask that the model makes is believed, the block's `own` too.
+    """
     marks: Marks = block.__dict__[MARKS]
     geometry = (tuple(mask.shape), grid, used, tuple(candidates))
     if geometry in marks.masks:
         return marks.masks[geometry]
     if mask.shape != (prod(grid) // prod(used), prod(used), prod(used)):
         return None
-    if torch.compiler.is_compiling():  # no values there
-        return candidates[0] if marks.made_in_the_model else None
+    if torch.compiler.is_compiling():
+        return candidates[0] if own or marks.made_in_the_model else None
     found = (s for s in candidates if torch.equal(mask, shift_mask(grid, used, s, mask.device, mask.dtype)))
     marks.masks[geometry] = next(found, None)
     return marks.masks[geometry]
@@ -233,10 +238,9 @@ def _timm(block: Any, x: Tensor) -> Tensor | str:
         return reason
     mask_shift: Triple | None = shift
     if any(shift) and not getattr(block, "dynamic_mask", False):
-        block.__dict__[MARKS].made_in_the_model = True  # by the block itself
         t, h, w = [length + more for length, more in zip(grid, lacking)]
         mask = block.attn_mask
-        mask_shift = NO_SHIFT if mask is None else _belongs_to(block, mask, (t, h, w), window, [shift])
+        mask_shift = NO_SHIFT if mask is None else _belongs_to(block, mask, (t, h, w), window, [shift], own=True)
         if mask_shift is None:
             return OTHER_MASK
     continuous = hasattr(attention, "logit_scale")
@@ -325,7 +329,7 @@ KNOWN = {
     "timm v2": Known("SwinTransformerV2Block", "_attn", ("x",), _BLOCK + _inside("attn", _CONTINUOUS), "attn", _timm),
     "transformers": Known(
         "SwinLayer", "forward", (*_STATES, "always_partition"), _LAYER + _NEWER, "attention", _transformers),
-    "transformers until 5.16": Known(
+    "transformers, older": Known(
         "SwinLayer", "forward", (*_STATES, "output_attentions"), _LAYER + _OLDER, "attention.self", _transformers),
     "MONAI": Known("SwinTransformerBlock", "forward_part1", _MASKED, _BLOCK + _PARTS, "attn", _monai_or_official),
     "BEVT, Video Swin": Known(

@@ -64,7 +64,7 @@ class WindowAttention3D(nn.Module):
         windows, tokens, width = x.shape
         q, k, v = self.qkv(x).view(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         scores = self.scale * q @ k.mT
-        rows = self.relative_position_index[:tokens, :tokens]
+        rows = self.get_buffer("relative_position_index")[:tokens, :tokens]
         scores = scores + self.relative_position_bias_table[rows].permute(2, 0, 1)
         if mask is not None:
             scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
