@@ -1,8 +1,8 @@
 """Who is raced against our kernels. Every contender has the signature of the kernel's `reference` and starts and ends
-where it does: layout copies, the expansion of the bias and the gradient of its table are its own affair, inside the clock.
+where it does: layout copies, expansion of the bias and the gradient of its table are its own affair, inside the clock.
 
-Legend: B clips, (t, h, w) token grid, nH heads of width d, nW windows of N tokens. A contender that cannot run raises, and
-the sentence it raises with is printed in its row.
+Legend: B clips, (t, h, w) token grid, nH heads of width d, nW windows of N tokens. A contender that cannot run raises,
+and the sentence it raises with is printed in its row.
 """
 
 import contextlib
@@ -158,7 +158,7 @@ def eager_attention(
     qkv: Tensor, bias_table: Tensor, window: Triple, shift: Triple = (0, 0, 0), mask_shift: Triple | None = None,
     bias_index: str = "true",
 ) -> Tensor:  # fmt: skip
-    """What the official module does under bf16 autocast: products in the dtype of qkv; bias, mask, softmax in float32."""
+    """What the official module does under autocast: products in the dtype of qkv; bias, mask, softmax in float32."""
     return _eager(qkv, bias_table, geometry(qkv, bias_table, window, shift, mask_shift, bias_index))
 
 
@@ -198,7 +198,7 @@ def _sdpa(device: torch.device) -> list[Contender]:
 def _sdpa_by(backend: Any, arguments: Sequence[Any]) -> Callable[..., Tensor]:
     """The first padding of N that the backend takes, forward and backward: none, to a multiple of 8, of 64."""
     tokens = prod(geometry(*arguments).used)
-    tried: list[str] = []
+    tried: dict[str, list[str]] = {}
     for multiple in (1, 8, 64):
         padded = -(-tokens // multiple) * multiple
         if multiple > 1 and padded == tokens:
@@ -210,10 +210,11 @@ def _sdpa_by(backend: Any, arguments: Sequence[Any]) -> Callable[..., Tensor]:
                 _forward_and_backward(function, arguments)
             except Exception as problem:
                 why = [str(w.message).split(" (Triggered")[0].strip() for w in said]
-                tried.append(f"N={padded}: {' '.join([str(problem).split(chr(10))[0], *why])}")
+                reason = " ".join(dict.fromkeys([str(problem).split("\n")[0], *why]))
+                tried.setdefault(reason[:300], []).append(str(padded))
             else:
                 return function
-    raise CannotRun("; ".join(tried))
+    raise CannotRun("; ".join(f"{reason} (windows of {', '.join(sizes)})" for reason, sizes in tried.items()))
 
 
 def _sdpa_padded(backend: Any, padded: int) -> Callable[..., Tensor]:
@@ -239,8 +240,9 @@ def _sdpa_padded(backend: Any, padded: int) -> Callable[..., Tensor]:
 
 
 def expanded_bias(bias_table: Tensor, g: Geometry, dtype: torch.dtype, padded: int) -> Tensor:
-    """Bias and mask as one attn_mask, rows aligned to 16 elements as the efficient backend wants them: (nH, ...) without
-    a shift mask, (nW*nH, ...) with one. Padding keys carry the lowest number.
+    """Bias and mask as one attn_mask, rows aligned to 16 elements as the efficient backend wants them.
+
+    (nH, padded, padded) without a shift mask, (nW*nH, ...) with one. Padding keys carry the lowest number.
     """
     n = len(g.rows)
     aligned = -(-padded // 16) * 16

@@ -48,8 +48,26 @@ def report(machine: Machine, rows: Sequence[Row], found: Mapping[str, Any], devi
         kernel, case = name.split(" | ", 1)
         mine = [row for row in rows if (row.kernel, row.case) == (kernel, case)]
         parts += _case(kernel, case, mine, found[name])
+    told = left_out(rows)
+    parts += ["## Left out, and why", "", *(f"* {line}" for line in told), ""] if told else []
     headline = _headline(machine, rows, found, sums, device)
     return "\n".join([*parts, headline, ""]), headline
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """Who did not run, with the reason, once for all the cases it holds for."""
+    cases: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.status == "left out":
+            cases.setdefault((row.kernel, row.contender, row.reason), []).append(row.case)
+    everybody = {kernel: len({row.case for row in rows if row.kernel == kernel}) for kernel, _, _ in cases}
+    lines = []
+    for (kernel, contender, reason), where in cases.items():
+        places = "" if len(where) == everybody[kernel] > 1 else f" ({'; '.join(dict.fromkeys(where))})"
+        lines.append(
+            f"{kernel}: {contender} left out: {reason}{places if len(places) < 200 else f' ({len(where)} cases)'}"
+        )
+    return lines
 
 
 def streams(rows: Sequence[Row], found: Mapping[str, Any]) -> dict[str, tuple[list[str], list[float]]]:
@@ -99,17 +117,24 @@ def _stages(
     failed = [name.split(" | ")[1] for name in names if not found[name].exact]
     if failed:
         lines += [f"Our exactness check did not pass for {', '.join(failed)}: no ratio over the stages is printed.", ""]
-    lines += ["| contender | forward ms | backward ms | both ms | ours is faster by | must | goal |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| contender | forward ms | backward ms | both ms | ours is faster by | must | goal |",
+        "|---|---|---|---|---|---|---|",
+    ]
     everybody = list(dict.fromkeys(row.contender for row in rows if row.kernel == "window_attention"))
     for contender in everybody:
         by_mode = [total(names, weights, rows, contender, mode) for mode in ("forward", "backward", "both")]
-        lines.append(f"| {contender} | {' | '.join(_milliseconds(s) for s in by_mode)} | {_times(by_mode[2].ratio)} | | |")
+        lines.append(
+            f"| {contender} | {' | '.join(_milliseconds(s) for s in by_mode)} | {_times(by_mode[2].ratio)} | | |"
+        )
     for rival, (contenders, must, goal) in RIVALS.items():
         best = _best(contenders, names, weights, rows)
         if not clips:
             must, goal = IMAGE_EAGER if rival == "official eager" else (None, None)
         told = f"{rival}: {best[0]}" if best else f"{rival}: no complete figure"
-        lines.append(f"| **{told}** | | | | **{_times(best[1].ratio if best else None)}** | {_times(must)} | {_times(goal)} |")
+        lines.append(
+            f"| **{told}** | | | | **{_times(best[1].ratio if best else None)}** | {_times(must)} | {_times(goal)} |"
+        )
     lines += ["", *_rates(stream, names, weights, rows, found), ""]
     return lines
 
@@ -138,7 +163,9 @@ def _rates(
 
 
 def _cross_entropy(rows: Sequence[Row]) -> list[str]:
-    mine = [r for r in rows if (r.kernel, r.contender, r.mode) == ("masked_cross_entropy", OURS, "both") and r.median_ms]
+    mine = [
+        r for r in rows if (r.kernel, r.contender, r.mode) == ("masked_cross_entropy", OURS, "both") and r.median_ms
+    ]
     if not mine:
         return []
     lines = ["## Masked cross-entropy, forward + backward", ""]
@@ -162,6 +189,8 @@ def _case(kernel: str, case: str, rows: Sequence[Row], about: Any) -> list[str]:
     lines += ["| contender | mode | ms (20 to 80 %) | peak MiB | TFLOP/s | memory roof | ours is faster by | |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for row in rows:
+        if row.status == "left out":
+            continue
         note = " ".join(x for x in (row.status if row.status != "ok" else "", row.reason) if x).replace("|", "/")
         time = "" if row.median_ms is None else f"{row.median_ms:.3f} ({row.low_ms:.3f} to {row.high_ms:.3f})"
         memory = "not measured" if row.median_ms and row.peak_mib is None else _number(row.peak_mib, "{:.0f}")
@@ -170,6 +199,8 @@ def _case(kernel: str, case: str, rows: Sequence[Row], about: Any) -> list[str]:
             _times(row.speedup), note,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    absent = dict.fromkeys(row.contender for row in rows if row.status == "left out")
+    lines += ["", f"Left out: {', '.join(absent)}."] if absent else []
     return [*lines, ""]
 
 

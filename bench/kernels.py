@@ -34,6 +34,7 @@ from bench.measure import Row, Trial, machine, peak_memory, peaks, quantiles, ra
 from bevt_kernels import check
 
 TIERS = 3
+BUDGET = "the time budget ended before its turn"
 ENOUGH = 5.0  # seconds that the race of one mode may take; the rounds it manages by then are printed
 
 
@@ -123,7 +124,7 @@ class Bench:
         if not everybody:
             return
         if self.left() <= 0:
-            self.leave_out(kernel, case, everybody, "the time budget ended before its turn")
+            self.leave_out(kernel, case, everybody, BUDGET)
             return
         torch._dynamo.reset()
         gc.collect()
@@ -146,10 +147,12 @@ class Bench:
         for contender in everybody:
             row = self.ready(kernel, case, contender, arguments, judge, found, ready)
             notes[contender.name] = row
-            print(f"  {kernel.name} {case}: {contender.name}: {row.status} {row.reason}".rstrip(), flush=True)
         if tier and ready and found.exact and not found.refused:
             ready = {OURS: check.ours(kernel), **ready}
-        self.state.rows += self.times(kernel, case, arguments, judge, ready, notes, found)
+        rows = self.times(kernel, case, arguments, judge, ready, notes, found)
+        self.state.rows += rows
+        told = [f"{row.contender} {row.mode} {row.median_ms:.3f}" for row in rows if row.median_ms is not None]
+        print(f"{kernel.name} {case} (ms): {', '.join(told) or 'nobody could be timed'}", flush=True)
 
     def gate(self, kernel: check.Kernel, case: Any, arguments: Sequence[Any], judge: check.Judge) -> Found:
         """Our own exactness on this case, and what the case is."""
@@ -192,12 +195,11 @@ class Bench:
             reason = "" if found.exact else _why([check.Verdict(**v) for v in found.verdicts])
             return replace(row, status=status, reason=reason, error_over_bound=worst)
         expected = max(contender.seconds, self.compiling.get(contender.name, 0.0)) if contender.tier else 0.0
-        if expected > self.left():
-            told = f"the time budget has {max(self.left(), 0):.0f} s left and compiling takes about {expected:.0f} s"
-            return replace(row, status="left out", reason=told)
         start = time.perf_counter()
         try:
             function = contender.build(arguments)
+            if expected > self.left():
+                raise field_of.CannotRun(f"{BUDGET}: compiling takes about {expected:.0f} s")
             verdicts = judge.judge(function)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -372,14 +374,14 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", metavar="NAME", help="this kernel only")
     parser.add_argument("--case", metavar="TEXT", default="", help="cases whose name contains this only")
     parser.add_argument("--dtype", choices=tuple(check.DTYPES), default="bf16")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="default: none on a GPU, 120 on a CPU")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="default: none on a GPU, 90 on a CPU")
     parser.add_argument("--reps", type=int, metavar="N", help="rounds of a race; default 50 on a GPU, 10 on a CPU")
     parser.add_argument("--compilers", type=int, metavar="N", help="processes that compile contenders beforehand")
     parser.add_argument("--resume", help=argparse.SUPPRESS)
     parser.add_argument("--only-compile", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.device == "cpu" and chosen.budget is None:
-        chosen.budget = 120.0
+        chosen.budget = 90.0
     if chosen.compilers is None:
         chosen.compilers = min(6, (os.cpu_count() or 1) // 2) if chosen.device == "cuda" else 0
     return chosen
@@ -410,7 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state.save(path)
         given = [a for a in sys.argv[1:] if not a.startswith("--resume=")]
         os.execv(sys.executable, [sys.executable, __file__, *given, f"--resume={path}"])
-    print(bench.write(end=True))
+    headline = bench.write(end=True)
+    print("\n".join(["", *kernel_report.left_out(state.rows), headline]))
     return 0
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,12 @@ FEWEST = 3  # rounds that a spent budget still allows
 LONGEST_HOLD = 10e-3
 
 # PERFORMANCE.md, constants: dense bf16 peak and memory rate from the data sheets
-PEAKS = {"H100 80GB HBM3": (989.4, 3.35), "H100 PCIe": (756.0, 2.0), "H200": (989.4, 4.8), "A100-SXM4-80GB": (312.0, 2.04)}
+PEAKS = {
+    "H100 80GB HBM3": (989.4, 3.35),
+    "H100 PCIe": (756.0, 2.0),
+    "H200": (989.4, 4.8),
+    "A100-SXM4-80GB": (312.0, 2.04),
+}
 
 
 class Trial(NamedTuple):
@@ -93,14 +98,14 @@ class Machine:
 
     hardware: str
     driver: str
-    python: str = field(default_factory=platform.python_version)
-    torch: str = torch.__version__
-    triton: str = ""
-    cuda: str = torch.version.cuda or ""
-    cudnn: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
+    python: str
+    torch: str
+    triton: str
+    cuda: str
+    cudnn: str
+    commit: str
+    command: str
+    date: str
 
     def line(self) -> str:
         """One sentence for the head of a report."""
@@ -118,6 +123,9 @@ def machine(device: torch.device) -> Machine:
     return Machine(
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         driver=_ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        cuda=torch.version.cuda or "",
         triton=_triton(),
         cudnn=cudnn,
         commit=_commit(),
