@@ -16,6 +16,9 @@ from .runtime import launch, tl, triton
 from .window_geometry import Plan
 
 LARGEST = 60000.0  # a finite float16; times 32**-0.5 it is a bias of 10,600
+SMALLEST = (
+    2.0**-14
+)  # float16's smallest normal number, a bias of 1e-5: the mark's place is known in normal numbers only
 
 
 @triton.jit
@@ -30,6 +33,7 @@ def _bias_tiles(
     stride_row,
     stride_head,
     LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
     PADDING: tl.constexpr,
     FOREIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -50,6 +54,7 @@ def _bias_tiles(
             tl.store(out, tl.where(exists, bias, -float("inf")), mask=inside)
         else:
             bias = tl.minimum(tl.maximum(bias, -LARGEST), LARGEST)
+            bias = tl.where(tl.abs(bias) < SMALLEST, SMALLEST, bias)
             bits = tl.where(exists, bias, -float("inf")).to(tl.float16).to(tl.int16, bitcast=True)
             # rounded to one bit less, which then holds the mark; minus infinity stays itself
             bits = ((bits + 1) & -2) | foreign.to(tl.int16)
@@ -131,6 +136,7 @@ def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bo
         table.stride(0),
         table.stride(1),
         LARGEST=LARGEST,
+        SMALLEST=SMALLEST,
         PADDING=geometry.PADDING,
         FOREIGN=geometry.FOREIGN,
         WIDE=wide,

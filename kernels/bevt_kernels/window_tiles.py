@@ -43,7 +43,9 @@ def _fragment(ptr, masked, separated, ROWS: tl.constexpr, COLS: tl.constexpr, WI
         y = x.to(tl.float16, bitcast=True).to(tl.float32)
         if MASKED:
             if masked:
-                y = tl.where((x & 1) != 0, y + separated, y)
+                # the mark, float16's lowest bit, is bit 13 of a float32: no number here is subnormal
+                foreign = (y.to(tl.int32, bitcast=True) & 0x2000) != 0
+                y = tl.where(foreign, y + separated, y)
         y = tl.reshape(y, (COLS // 16, ROWS // 16, 8, 4, 2, 2, 2))
         y = tl.permute(y, (1, 5, 2, 0, 4, 3, 6))
     return tl.reshape(y, (ROWS, COLS))
@@ -92,8 +94,16 @@ def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.conste
 
 
 @triton.jit
-def _attend(q, kt, v, bias, m, total, acc, c):
-    """One step of the running softmax."""
+def _attend(
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, m, total, acc, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax: BLOCK keys from slot `begin` on."""
+    rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+    kt = _load_t(k_ptr, rows, D, DP)
+    v = _load(v_ptr, rows, D, DP)
+    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
     x = tl.dot(q, kt, bias, input_precision="ieee")
     return _weigh(x, v, m, total, acc, c)
 
@@ -165,29 +175,25 @@ def _forward(
         if MASKED:
             lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
         for j in range(lo, hi):
-            rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-            kt = _load_t(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-            m, total, acc = _attend(q, kt, v, bias, m, total, acc, c)
+            m, total, acc = _attend(
+                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, m, total, acc, c,
+                D, DP, TILE, BLOCK, WIDE, MASKED,
+            )  # fmt: skip
         if TAIL > 0:
-            rows = tl.load(token_ptr + FULL * BLOCK + tl.arange(0, TAIL)).to(tl.int64) * stride_s
-            kt = _load_t(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + FULL * (TILE * BLOCK), masked, separated, TILE, TAIL, WIDE, MASKED)
-            m, total, acc = _attend(q, kt, v, bias, m, total, acc, c)
+            m, total, acc = _attend(
+                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, m, total, acc, c,
+                D, DP, TILE, TAIL, WIDE, MASKED,
+            )  # fmt: skip
         if MASKED:
             seen = 0
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
                 rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-                kt = _load_t(k_ptr, rows, D, DP)
                 bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-                x = tl.dot(q, kt, bias, input_precision="ieee")
+                x = tl.dot(q, _load_t(k_ptr, rows, D, DP), bias, input_precision="ieee")
                 if tl.max(tl.where(offs < N, tl.max(x, 1) * c - m, -float("inf")), 0) > NEGLIGIBLE:
                     seen = 1
-                    v = _load(v_ptr, rows, D, DP)
-                    m, total, acc = _weigh(x, v, m, total, acc, c)
+                    m, total, acc = _weigh(x, _load(v_ptr, rows, D, DP), m, total, acc, c)
             tl.store(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip, seen)
 
         exists = offs < N
@@ -197,7 +203,16 @@ def _forward(
 
 
 @triton.jit
-def _query_step(q, do, k, v, bias, lse, delta, dq, c):
+def _query_step(
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, delta, dq, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK keys from slot `begin` on."""
+    rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+    k = _load(k_ptr, rows, D, DP)
+    v = _load(v_ptr, rows, D, DP)
+    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
     x = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
     p = tl.exp2(x * c - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -271,26 +286,23 @@ def _backward_queries(
         if MASKED:
             lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
         for j in range(lo, hi):
-            rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-            k = _load(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-            dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+            dq = _query_step(
+                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
+                D, DP, TILE, BLOCK, WIDE, MASKED,
+            )  # fmt: skip
         if TAIL > 0:
-            rows = tl.load(token_ptr + FULL * BLOCK + tl.arange(0, TAIL)).to(tl.int64) * stride_s
-            k = _load(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + FULL * (TILE * BLOCK), masked, separated, TILE, TAIL, WIDE, MASKED)
-            dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+            dq = _query_step(
+                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
+                D, DP, TILE, TAIL, WIDE, MASKED,
+            )  # fmt: skip
         if MASKED:
             if tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0:
                 for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                     j = tl.where(i < lo, i, i + hi - lo)
-                    rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-                    k = _load(k_ptr, rows, D, DP)
-                    v = _load(v_ptr, rows, D, DP)
-                    bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-                    dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+                    dq = _query_step(
+                        k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta,
+                        dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
+                    )  # fmt: skip
 
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
         _store(out, token * (3 * nH * D), dq * scale, offs < N, D, DP)
