@@ -18,6 +18,7 @@ RIVALS = {
 TFLOPS = {"forward": (150.0, 240.0), "backward": (120.0, 190.0)}
 IMAGE_ROOF, IMAGE_EAGER = (0.5, 0.6), (4.0, 5.0)
 # the same table: 15.7k rows of 1024 into 8192 ids
+OUT_OF_TIME = "the time budget ended before its turn"
 CROSS_ENTROPY_MS, CROSS_ENTROPY_MIB = (1.6, 1.35), 128.0
 
 
@@ -36,7 +37,7 @@ def report(machine: Machine, rows: Sequence[Row], found: Mapping[str, Any], devi
         parts += ["Small cases on a CPU: our kernels do not run here, and no line says what a GPU would do.", ""]
     else:
         parts += [
-            "GPU time by CUDA events, contenders interleaved in one process, cache overwritten before each measurement; "
+            "GPU time by CUDA events, contenders interleaved in one process, cache overwritten before each run; "
             "the host's queueing is not counted. Medians, with the 20 and 80 % quantiles; nothing is dropped.",
             "",
         ]
@@ -57,16 +58,18 @@ def report(machine: Machine, rows: Sequence[Row], found: Mapping[str, Any], devi
 def left_out(rows: Sequence[Row]) -> list[str]:
     """Who did not run, with the reason, once for all the cases it holds for."""
     cases: dict[tuple[str, str, str], list[str]] = {}
+    late: dict[tuple[str, str], int] = {}
     for row in rows:
-        if row.status == "left out":
+        if row.status == "left out" and row.reason.startswith(OUT_OF_TIME):
+            late[row.kernel, row.contender] = late.get((row.kernel, row.contender), 0) + 1
+        elif row.status == "left out":
             cases.setdefault((row.kernel, row.contender, row.reason), []).append(row.case)
-    everybody = {kernel: len({row.case for row in rows if row.kernel == kernel}) for kernel, _, _ in cases}
     lines = []
     for (kernel, contender, reason), where in cases.items():
-        places = "" if len(where) == everybody[kernel] > 1 else f" ({'; '.join(dict.fromkeys(where))})"
-        lines.append(
-            f"{kernel}: {contender} left out: {reason}{places if len(places) < 200 else f' ({len(where)} cases)'}"
-        )
+        lines.append(f"{kernel}: {contender} left out of {len(where)} cases (the first: {where[0]}): {reason}")
+    if late:
+        told = ", ".join(f"{contender} of {kernel} in {count} cases" for (kernel, contender), count in late.items())
+        lines.append(f"{OUT_OF_TIME}: {told}")
     return lines
 
 
@@ -150,7 +153,8 @@ def _rates(
             continue
         flop = sum(w * found[name].flop[mode] for name, w in zip(names, weights))
         moved = sum(w * found[name].bytes[mode] for name, w in zip(names, weights))
-        row = find(rows, *names[0].split(" | ", 1), OURS, mode)
+        kernel, case = names[0].split(" | ", 1)
+        row = find(rows, kernel, case, OURS, mode)
         share = row.hbm_share * row.median_ms / found[names[0]].bytes[mode] if row and row.hbm_share else None
         text = f"ours, {mode}: {flop / mine.ms / 1e9:.0f} useful TFLOP/s"
         if "clips" in stream and mode in TFLOPS:

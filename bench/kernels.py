@@ -1,4 +1,4 @@
-"""Every kernel over its own cases, beside everybody who can compute the same: time and peak memory, forward and backward.
+"""Every kernel over its own cases, beside everybody who can compute the same: time and memory, forward and backward.
 
     python bench/kernels.py --out DIR [--device cuda|cpu] [--kernel NAME] [--case TEXT] [--budget SECONDS]
 
@@ -34,7 +34,6 @@ from bench.measure import Row, Trial, machine, peak_memory, peaks, quantiles, ra
 from bevt_kernels import check
 
 TIERS = 3
-BUDGET = "the time budget ended before its turn"
 ENOUGH = 5.0  # seconds that the race of one mode may take; the rounds it manages by then are printed
 
 
@@ -124,7 +123,7 @@ class Bench:
         if not everybody:
             return
         if self.left() <= 0:
-            self.leave_out(kernel, case, everybody, BUDGET)
+            self.leave_out(kernel, case, everybody, kernel_report.OUT_OF_TIME)
             return
         torch._dynamo.reset()
         gc.collect()
@@ -199,7 +198,7 @@ class Bench:
         try:
             function = contender.build(arguments)
             if expected > self.left():
-                raise field_of.CannotRun(f"{BUDGET}: compiling takes about {expected:.0f} s")
+                raise field_of.CannotRun(f"{kernel_report.OUT_OF_TIME}: compiling takes about {expected:.0f} s")
             verdicts = judge.judge(function)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -279,7 +278,7 @@ class Bench:
         raise Sticky(said)
 
     def precompile(self, tier: int) -> None:
-        """Fill the compilers' caches on disk from several processes; what fails there fails again, visibly, in the race."""
+        """Fill the compilers' caches on disk from several processes; what fails there fails again, visibly, later."""
         count, key = self.options.compilers, f"{tier} compiled"
         seconds = min(0.4 * self.left(), 240.0)
         if not count or seconds < 20 or key in self.state.done:
@@ -402,6 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kernels.py: no case of kernel {chosen.kernel or 'any'} matches {chosen.case!r}")
         return 1
     if chosen.device == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # small cases: more threads only wait for one another
         print("on a CPU: the small cases; our kernels do not run there, and nothing here says what a GPU would do")
     try:
         bench.run()

@@ -1,7 +1,7 @@
 """The one stopwatch and the one row format.
 
-Contenders take turns inside one process, in a new random order every round, so that a clock that drifts or a neighbour on
-the machine meets all of them alike. Nothing that was measured is dropped.
+Contenders take turns inside one process, in a new random order every round, so that a clock that drifts or a neighbour
+on the machine meets all of them alike. Nothing that was measured is dropped.
 """
 
 import contextlib
@@ -110,7 +110,8 @@ class Machine:
     def line(self) -> str:
         """One sentence for the head of a report."""
         parts = [
-            self.hardware, f"driver {self.driver}" if self.driver else "", f"Python {self.python}", f"torch {self.torch}",
+            self.hardware, f"driver {self.driver}" if self.driver else "",
+            f"Python {self.python}", f"torch {self.torch}",
             f"triton {self.triton or 'absent'}", f"CUDA {self.cuda}" if self.cuda else "",
             f"cuDNN {self.cudnn}" if self.cudnn else "", f"commit {self.commit or 'unknown'}", self.date,
         ]  # fmt: skip

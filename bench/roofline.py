@@ -42,7 +42,7 @@ def work(name: str, arguments: Sequence[Any]) -> dict[str, Work]:
         size = arguments[0].nbytes
         found = (Work(0, 2 * size), Work(0, 3 * size))
     elif name == "codebook_argmax":
-        features, weight, _, mask = (*arguments, None, None)[:4]
+        features, weight, _, mask = _filled(arguments, (None,) * 4)
         rows = features[..., 0].numel() if mask is None else int(mask.sum())
         size = rows * features.shape[-1] * features.itemsize + weight.nbytes + 8 * rows
         return {"forward": Work(2.0 * rows * weight.numel(), size)}
@@ -55,7 +55,7 @@ def place(name: str, arguments: Sequence[Any]) -> Place | None:
     """Where in Swin-B at 224 pixels this call stands; None elsewhere."""
     if name != "window_attention":
         return None
-    qkv, _, window, shift, mask_shift, bias_index = (*arguments, (0, 0, 0), None, "true")[:6]
+    qkv, _, window, shift, mask_shift, bias_index = _filled(arguments, (None, None, None, (0, 0, 0), None, "true"))
     batch, t, h, w, _, heads, width = qkv.shape
     stage, blocks, side = STAGES.get(heads, (0, 0, 0))
     usual = (mask_shift is None or tuple(mask_shift) == tuple(shift)) and bias_index == "true"
@@ -68,9 +68,14 @@ def place(name: str, arguments: Sequence[Any]) -> Place | None:
 
 
 def weights(places: Sequence[Place]) -> list[float]:
-    """How many of the 24 blocks each place stands for: half of a stage, or all of it where the other half is missing."""
+    """How many of the 24 blocks each place stands for: half of a stage, or all where the other half is missing."""
     kinds = {(p.stage, p.shifted) for p in places}
     return [p.blocks / 2 if (p.stage, not p.shifted) in kinds else float(p.blocks) for p in places]
+
+
+def _filled(arguments: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:
+    """Positional arguments, the missing last ones from their defaults."""
+    return [*arguments, *defaults[len(arguments) :]]
 
 
 def _attention(qkv: Tensor, window: Sequence[int]) -> tuple[Work, Work]:

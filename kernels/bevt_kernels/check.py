@@ -1,6 +1,6 @@
 """Every kernel over its own cases against float64: what `python -m bevt_kernels`, bench/ and the GPU gate print.
 
-A kernel is found by its file: a module of this package with CASES, `inputs`, `reference` and a function of its own name.
+A kernel is found by its file: a module of this package with CASES, `inputs`, `reference` and a function of its name.
 """
 
 import copy
@@ -21,8 +21,8 @@ from . import runtime
 from .exactness import errors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# functions that treat the samples of their first argument alike: float64 truth is computed one sample at a time, because
-# all of it at once can be larger than a GPU
+# functions that treat the samples of their first argument alike: float64 truth is computed one sample at a time,
+# because all of it at once can be larger than a GPU
 BY_SAMPLE = ("window_attention",)
 
 
@@ -306,7 +306,7 @@ def _one_position(arguments: Sequence[Any]) -> float:
 
 def _choice(arguments: Sequence[Any], ours: Values, eager: Values) -> Verdict:
     """For (features, weight, bias, mask) -> ids: what the chosen score lacks to the best, in float64."""
-    features, weight, bias, mask = (*arguments, None, None)[:4]
+    features, weight, bias, mask = [*arguments, *[None] * (4 - len(arguments))]
     mine, torchs = (values.outputs["out"] for values in (ours, eager))
     if mine.shape != torchs.shape or mine.dtype != torchs.dtype:
         return _verdict("ids", mine, torchs, torchs)
