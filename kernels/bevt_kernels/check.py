@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -199,37 +200,34 @@ def ours(kernel: Kernel, fused: bool = False) -> Callable[..., Any]:
 def refusal(kernel: Kernel, arguments: Sequence[Any], fused: bool = False) -> str | None:
     """Why the reference would answer this call of the public function; None where the kernels do."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
+    if device.type == "cpu" and not (fused and runtime.INTERPRETED):
+        return "not on a CPU: the kernels need an NVIDIA GPU"
+    with listening() as refusals, torch.no_grad():
+        ours(kernel, fused=True)(*arguments)  # "fused" makes a refusal loud
+    return next(iter(refusals), None)
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """The reasons for which, within the block, a reference answered instead of a kernel."""
+    refusals: list[str] = []
     runtime._warned.clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        # "fused" makes a refusal loud, on a CPU too
-        with runtime.implementation("fused"), torch.no_grad():
-            kernel.function(*arguments)
-    reasons = [str(w.message) for w in said if "the reference answers instead" in str(w.message)]
-    if reasons:
-        return reasons[0].removeprefix(f"{kernel.name}: ").removesuffix("; the reference answers instead")
-    if device.type == "cpu" and not (fused and runtime.INTERPRETED):
-        return "not on a CPU: the kernels need an NVIDIA GPU"
-    return None
-
-
-def sweep(
-    found: Sequence[Kernel], dtypes: Sequence[torch.dtype], device: torch.device, small: bool
-) -> Iterator[tuple[Kernel, Any, torch.dtype]]:
-    """Every (kernel, case, dtype), the costly bf16 sizes first."""
-    for dtype in dtypes:
-        for kernel in found:
-            for case in kernel.cases(small):
-                yield kernel, case, dtype
+        yield refusals
+    ending = "; the reference answers instead"
+    refusals += [str(w.message).removesuffix(ending) for w in said if str(w.message).endswith(ending)]
 
 
 def check(kernel: Kernel, case: Any, dtype: torch.dtype, device: torch.device, fused: bool) -> list[Verdict]:
     """The verdicts on one case; a case that raises has one verdict that says so."""
     try:
         arguments = kernel.draw(case, dtype, device)
-        refused = refusal(kernel, arguments, fused)
-        verdicts = Judge(kernel, arguments).judge(ours(kernel, fused), twice=True)
-        return [v._replace(note=v.note or f"reference: {refused}") for v in verdicts] if refused else verdicts
+        judge = Judge(kernel, arguments)
+        with listening() as refusals:
+            # a program of the interpreter runs alone: nothing there could differ
+            verdicts = judge.judge(ours(kernel, fused), twice=device.type == "cuda")
+        return [v._replace(note=v.note or f"not fused: {refusals[0]}") for v in verdicts] if refusals else verdicts
     except Exception as problem:  # the next case must still be heard
         return [Verdict("", float("nan"), float("nan"), float("nan"), False, one_line(problem))]
 
