@@ -17,13 +17,14 @@ skipped; the forward notes in `seen` whether one was not, and the backward reads
 from functools import lru_cache
 from itertools import pairwise
 from math import e, log2, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
 from .relative_bias import bias_tiles, table_gradient
-from .runtime import Inner, capability, launch, tl, triton
+from .runtime import Inner, capability, cdiv, launch, power_of_2, tl, triton
 from .window_geometry import Plan
 
 NEGLIGIBLE = -40.0
@@ -77,7 +78,7 @@ def _store(ptr, rows, value, exists, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _place(pid, GROUP, strips, nH):
+def _place(pid, GROUP, strips, nH) -> Any:
     """Program number -> (window, strip, head): windows run fastest inside a group, so neighbours share a bias strip."""
     per = GROUP * strips * nH
     rest = pid % per
@@ -85,7 +86,7 @@ def _place(pid, GROUP, strips, nH):
 
 
 @triton.jit
-def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr) -> Any:
     """First and end of the whole blocks that a strip can see; what remains after FULL blocks is always walked."""
     first = tl.load(span_ptr + (kind * strips + strip) * 2)
     end = tl.load(span_ptr + (kind * strips + strip) * 2 + 1)
@@ -621,14 +622,15 @@ def _groups(first: tuple[int, ...], batch: int, programs: int, device: torch.dev
         rows += [(kind, first[kind], windows, i, min(i + size, count)) for i in range(0, count, size)]
         starts.append(len(rows))
     with torch.inference_mode(False):
-        return tuple(torch.tensor(x, dtype=torch.int32, device="cpu").to(device) for x in (rows, starts))
+        table, start = (torch.tensor(x, dtype=torch.int32, device="cpu").to(device) for x in (rows, starts))
+    return table, start
 
 
 def _blocks(qkv: Tensor, plan: Plan, block: int) -> tuple[int, int, int]:
     """(BLOCK, FULL, TAIL): whole blocks and a last one of 16, 32, ... slots that cover a window's tokens."""
     for size in (block, plan.tile):
         full, rest = divmod(plan.tokens_per_window, size)
-        tail = max(16, triton.next_power_of_2(rest)) if rest else 0
+        tail = max(16, power_of_2(rest)) if rest else 0
         if tail >= size:
             full, tail = full + 1, 0
         if size == plan.tile or full * size + tail <= 1.1 * -(-plan.tokens_per_window // 16) * 16:
@@ -651,7 +653,7 @@ def is_wide(dtype: torch.dtype) -> bool:
 
 
 def padded_width(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def scales(width: int) -> tuple[float, float, float]:
@@ -679,7 +681,7 @@ def token_stride(qkv: Tensor) -> int | None:
 
 def _grid(plan: Plan, windows: int, heads: int) -> tuple[int]:
     group = min(GROUP, max(windows, 1))
-    return (triton.cdiv(windows, group) * group * (plan.slots // plan.tile) * heads,)
+    return (cdiv(windows, group) * group * (plan.slots // plan.tile) * heads,)
 
 
 def _shape(plan: Plan, width: int, wide: bool, blocks: tuple[int, int, int]) -> dict[str, int | bool]:
