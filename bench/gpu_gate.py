@@ -2,9 +2,9 @@
 
     python bench/gpu_gate.py --out DIR [--budget 520] [--tune] [--parts machine,tests,...] [--rehearse]
 
-Needs torch, triton, einops, numpy, pytest and this repository; what else is missing is named and left out. Every part is
-a process of its own with a limit of its own, so one that fails or hangs hides none of the others. DIR/gate.md is written
-again after every part. --rehearse runs the same parts on a CPU, with small cases and the interpreter.
+Needs torch, triton, einops, numpy, pytest and this repository; what else is missing is named and left out. Every part
+is a process of its own with a limit of its own, so one that fails or hangs hides none of the others. DIR/gate.md is
+written again after every part. --rehearse runs the same parts on a CPU, with small cases and the interpreter.
 """
 
 import argparse
@@ -46,6 +46,7 @@ class Part:
     tail: int = TAIL
     budget: str = ""  # the option that tells the command how long it may take
     keeps: tuple[str, ...] = ()  # files of its folder that belong to the results
+    warm: tuple[str, ...] = ()  # a command that prepares it and may run beside the parts of correctness
     missing: str = ""  # why it cannot run at all
 
 
@@ -100,6 +101,7 @@ def parts(options: argparse.Namespace, where: Where) -> list[Part]:
         Part(
             "kernels", "The kernel benchmark", (*kernels, *(("--case", "2x3x4", "--reps", "3") if small else ())), 300,
             fills=True, budget="--budget", keeps=("kernels.csv", "kernels.md", "kernels.png"), tail=100,
+            warm=() if small else (*kernels, "--warm", "--compilers", "4", "--budget", "240"),
         ),
         Part(
             "launches", "Kernel by kernel", (*launches, *few), 45, budget="--budget", tail=400,
@@ -120,19 +122,33 @@ def parts(options: argparse.Namespace, where: Where) -> list[Part]:
 
 
 def run_parts(
-    plan: Sequence[Part], where: Where, budget: float, env: dict[str, str], written: Callable[[list[Outcome]], None]
-) -> list[Outcome]:
-    """Run the parts one after another; `written` is called after each."""
-    started, done = time.perf_counter(), []
+    plan: Sequence[Part], where: Where, budget: float, env: dict[str, str], written: Callable[[list[Outcome]], object],
+) -> list[Outcome]:  # fmt: skip
+    """Run the parts one after another; `written` is called after each.
+
+    While the parts of correctness run, whose time is no figure, another process may fill the compilers' caches.
+    """
+    started, done, helper = time.perf_counter(), [], None
     for number, part in enumerate(plan):
         left = budget - (time.perf_counter() - started)
         later = [p for p in plan[number + 1 :] if not p.missing]
         # who fills the time leaves the others theirs, and those who fill share alike
         reserve = sum(p.limit for p in later if not p.fills)
         sharers = 1 + sum(p.fills for p in later)
-        limit = max(min(left - reserve, left) / sharers, min(part.limit, left / 2)) if part.fills else part.limit
+        limit = max((left - reserve) / sharers, left / 3) if part.fills else part.limit
+        if part.correctness and helper is None and any(p.warm for p in later):
+            command = next(p.warm for p in later if p.warm)
+            nowhere = subprocess.DEVNULL
+            helper = subprocess.Popen(
+                command, stdout=nowhere, stderr=nowhere, cwd=ROOT, env=env, start_new_session=True
+            )
+        if helper is not None and not part.correctness:
+            _end(helper)  # nothing may run beside a stopwatch
+            helper = None
         done.append(run_part(part, where, min(limit, left), env))
         written(done)
+    if helper is not None:
+        _end(helper)
     return done
 
 
@@ -219,10 +235,11 @@ def show_machine(rehearsal: bool) -> int:
 
 
 def check_exactness(out: Path, rehearsal: bool, budget: float) -> int:
-    """Every case of every kernel in bf16, fp16, fp32, over several processes; one that loses its GPU context goes on in a
-    new one, behind the case that lost it.
+    """Every case of every kernel in bf16, fp16, fp32, over several processes.
+
+    One that loses its GPU context goes on in a new one, behind the case that lost it.
     """
-    count = 1 if rehearsal else min(6, max(1, (os.cpu_count() or 2) // 2))
+    count = 1 if rehearsal else min(5, max(1, (os.cpu_count() or 2) // 2))
     deadline = time.perf_counter() + budget
     dtypes = ("--dtypes", "fp32", "--case", "2x3x4") if rehearsal else ("--dtypes", "bf16,fp16,fp32")
     tables = [out / f"exactness_{n}.csv" for n in range(count)]
@@ -276,9 +293,8 @@ def _print_exactness(out: Path, tables: Sequence[Path], problems: Sequence[str])
             print(f"{', '.join(key):<100} {row['tensor']:<16} {numbers}  {row['ok']} {row['note']}".rstrip())
     for problem in problems:
         print(problem)
-    print(
-        f"{len(groups) - failed} of {len(groups)} cases are exact{'; ' + str(len(problems)) + ' slices ended early or failed' if problems else ''}"
-    )
+    ended = f"; {len(problems)} slices ended early or failed" if problems else ""
+    print(f"{len(groups) - failed} of {len(groups)} cases are exact{ended}")
     return 1 if failed or problems or not groups else 0
 
 

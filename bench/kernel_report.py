@@ -155,7 +155,9 @@ def _rates(
         moved = sum(w * found[name].bytes[mode] for name, w in zip(names, weights))
         kernel, case = names[0].split(" | ", 1)
         row = find(rows, kernel, case, OURS, mode)
-        share = row.hbm_share * row.median_ms / found[names[0]].bytes[mode] if row and row.hbm_share else None
+        share = None  # of the memory roof, per byte and millisecond
+        if row and row.hbm_share and row.median_ms:
+            share = row.hbm_share * row.median_ms / found[names[0]].bytes[mode]
         text = f"ours, {mode}: {flop / mine.ms / 1e9:.0f} useful TFLOP/s"
         if "clips" in stream and mode in TFLOPS:
             text += f" (must {TFLOPS[mode][0]:.0f}, goal {TFLOPS[mode][1]:.0f})"

@@ -92,39 +92,37 @@ def starts(
     return found
 
 
-def table(kernel: check.Kernel, case: Any, dtype: torch.dtype, device: torch.device, rounds: int) -> list[str]:
+def table(kernel: check.Kernel, case: Any, dtype: torch.dtype, device: torch.device, rounds: int) -> Iterator[str]:
     """The launches of one case as lines of text."""
     arguments = kernel.draw(case, dtype, device)
     call = _call(kernel, arguments)
     scores = _scores(kernel, arguments)
-    lines = [f"{kernel.name} {case}"]
+    yield f"{kernel.name} {case}"
     total = 0.0
     for start in starts(call, device, rounds):
         ms = quantiles(start.samples).median
         total += ms
         rate = f"{start.flops * scores / ms / 1e9:8.1f} TFLOP/s" if start.flops and scores and ms else ""
         warps, stages = start.settings
-        lines.append(f"  {start.name:<20} {ms * 1e3:10.1f} us  {rate:<18} {warps} warps, {stages} stages")
-    whole = {held: _whole(call, device, rounds, held) for held in (True, False)}
-    lines.append(f"  {'all launches':<20} {total * 1e3:10.1f} us")
-    lines.append(
-        f"  {'the whole call':<20} {whole[True] * 1e3:10.1f} us on the GPU, {whole[False] * 1e3:.1f} us with its gaps"
-    )
-    return lines
+        yield f"  {start.name:<20} {ms * 1e3:10.1f} us  {rate:<18} {warps} warps, {stages} stages"
+    yield f"  {'all launches':<20} {total * 1e3:10.1f} us"
+    if device.type == "cuda":
+        held, free = (_whole(call, device, rounds, hold) for hold in (True, False))
+        yield f"  {'the whole call':<20} {held * 1e3:10.1f} us on the GPU, {free * 1e3:.1f} us with the gaps of its host"
 
 
 def tune(
     kernel: check.Kernel, case: Any, dtype: torch.dtype, device: torch.device, rounds: int, left: Callable[[], float]
-) -> list[str]:
+) -> Iterator[str]:
     """The quickest launch settings and module constants of one case, beside the shipped ones."""
     call = _call(kernel, kernel.draw(case, dtype, device))
     shipped = {start.name: start for start in starts(call, device, rounds)}
-    lines = [f"{kernel.name} {case}"]
+    yield f"{kernel.name} {case}"
     for name, start in shipped.items():
         if start.flops is None:
             continue
         best, told = quantiles(start.samples).median, "shipped"
-        lines.append(f"  {name}: {start.settings[0]} warps, {start.settings[1]} stages (shipped) {best * 1e3:.1f} us")
+        yield f"  {name}: {start.settings[0]} warps, {start.settings[1]} stages (shipped) {best * 1e3:.1f} us"
         for warps, stages in SETTINGS:
             if (warps, stages) == start.settings or left() < 0:
                 continue
@@ -132,28 +130,38 @@ def tune(
                 tried = starts(call, device, rounds, {name: (warps, stages)})
                 ms = quantiles(next(s for s in tried if s.name == name).samples).median
             except Exception as problem:
-                lines.append(f"    {warps} warps, {stages} stages: {check.one_line(problem)[:120]}")
+                yield f"    {warps} warps, {stages} stages: {check.one_line(problem)[:120]}"
                 if check.sticky(str(problem)):
-                    return lines
+                    raise
                 continue
             if ms < best:
                 best, told = ms, f"{warps} warps, {stages} stages"
-            lines.append(f"    {warps} warps, {stages} stages: {ms * 1e3:.1f} us")
-        lines.append(f"    quickest: {told}, {best * 1e3:.1f} us")
+            yield f"    {warps} warps, {stages} stages: {ms * 1e3:.1f} us"
+        yield f"    quickest: {told}, {best * 1e3:.1f} us"
     for module, constant, values in _constants():
-        before = getattr(module, constant)
-        found = {}
+        if left() < 0:
+            return
+        yield f"  {_with_constants(module, constant, values, call, device, rounds, left)}"
+
+
+def _with_constants(
+    module: Any, constant: str, values: Sequence[int], call: Callable[[], object], device: torch.device, rounds: int,
+    left: Callable[[], float],
+) -> str:  # fmt: skip
+    """All launches of a call under other values of one module constant."""
+    before, found = getattr(module, constant), {}
+    try:
         for value in dict.fromkeys((before, *values)):
             if left() < 0:
                 break
             setattr(module, constant, value)
             _forget(module)
             found[value] = sum(quantiles(start.samples).median for start in starts(call, device, rounds))
+    finally:
         setattr(module, constant, before)
         _forget(module)
-        times = ", ".join(f"{value}: {ms * 1e3:.1f}" for value, ms in found.items())
-        lines.append(f"  {module.__name__.split('.')[-1]}.{constant} (shipped {before}), us of all launches: {times}")
-    return lines
+    times = ", ".join(f"{value}: {ms * 1e3:.1f}" for value, ms in found.items())
+    return f"{module.__name__.split('.')[-1]}.{constant} (shipped {before}), us of all launches: {times}"
 
 
 def _constants() -> list[tuple[Any, str, tuple[int, ...]]]:
@@ -189,8 +197,6 @@ def _scores(kernel: check.Kernel, arguments: Sequence[Any]) -> float:
 
 
 def _whole(call: Callable[[], object], device: torch.device, rounds: int, hold: bool) -> float:
-    if device.type == "cpu":
-        return float("nan")
     return quantiles(race({"call": Trial(lambda _: call())}, device, rounds, hold=hold).samples["call"]).median
 
 
@@ -245,9 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore")
                 try:
                     rounds = ROUNDS if gpu else 1
-                    dtype = check.DTYPES[options.dtype]
-                    work = (tune, left) if options.tune else (table,)
-                    print("\n".join(work[0](kernel, case, dtype, device, rounds, *work[1:])), flush=True)
+                    given = (kernel, case, check.DTYPES[options.dtype], device, rounds)
+                    for line in tune(*given, left) if options.tune else table(*given):
+                        print(line, flush=True)
                 except Exception as problem:
                     failed += 1
                     print(f"{kernel.name} {case}: {check.one_line(problem)}", flush=True)

@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import pkgutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # functions that treat the samples of their first argument alike: float64 truth is computed one sample at a time,
 # because all of it at once can be larger than a GPU
 BY_SAMPLE = ("window_attention",)
+PATIENCE = 5  # tries of a case that finds no memory
 
 
 class Kernel(NamedTuple):
@@ -221,15 +223,26 @@ def listening() -> Iterator[list[str]]:
 
 def check(kernel: Kernel, case: Any, dtype: torch.dtype, device: torch.device, fused: bool) -> list[Verdict]:
     """The verdicts on one case; a case that raises has one verdict that says so."""
-    try:
-        arguments = kernel.draw(case, dtype, device)
-        judge = Judge(kernel, arguments)
-        with listening() as refusals:
-            # a program of the interpreter runs alone: nothing there could differ
-            verdicts = judge.judge(ours(kernel, fused), twice=device.type == "cuda")
-        return [v._replace(note=v.note or f"not fused: {refusals[0]}") for v in verdicts] if refusals else verdicts
-    except Exception as problem:  # the next case must still be heard
-        return [Verdict("", float("nan"), float("nan"), float("nan"), False, one_line(problem))]
+    for _ in range(PATIENCE):
+        try:
+            return _checked(kernel, case, dtype, device, fused)
+        except torch.OutOfMemoryError as problem:  # others may be at work on this GPU: let them finish
+            said: Exception = problem
+            torch.cuda.empty_cache()
+            time.sleep(3)
+        except Exception as problem:  # the next case must still be heard
+            said = problem
+            break
+    return [Verdict("", float("nan"), float("nan"), float("nan"), False, one_line(said))]
+
+
+def _checked(kernel: Kernel, case: Any, dtype: torch.dtype, device: torch.device, fused: bool) -> list[Verdict]:
+    arguments = kernel.draw(case, dtype, device)
+    judge = Judge(kernel, arguments)
+    with listening() as refusals:
+        # a program of the interpreter runs alone: nothing there could differ
+        verdicts = judge.judge(ours(kernel, fused), twice=device.type == "cuda")
+    return [v._replace(note=v.note or f"not fused: {refusals[0]}") for v in verdicts] if refusals else verdicts
 
 
 def one_line(problem: BaseException) -> str:
