@@ -33,12 +33,15 @@ from bench.contenders import OURS, Contender
 from bench.measure import Row, Trial, machine, peak_memory, peaks, quantiles, race, write_rows
 from bevt_kernels import check
 
-TIERS = 3
 ENOUGH = 5.0  # seconds that the race of one mode may take; the rounds it manages by then are printed
 
 
+CONTEXT_LOST = 3  # exit code of a child whose CUDA context is lost
+MOST_CHILDREN = 25
+
+
 class Sticky(Exception):
-    """The CUDA context is lost: (contender, what was said)."""
+    """The CUDA context is lost; says why."""
 
 
 @dataclass
@@ -68,6 +71,8 @@ class State:
 
     @classmethod
     def load(cls, path: Path) -> "State":
+        if not path.exists():
+            return cls()
         raw = json.loads(path.read_text())
         raw["rows"] = [Row(**row) for row in raw["rows"]]
         for key, value in raw["found"].items():
@@ -80,7 +85,7 @@ class Bench:
     """One run of the benchmark."""
 
     def __init__(self, options: argparse.Namespace, state: State) -> None:
-        self.options, self.state, self.started = options, state, time.perf_counter()
+        self.options, self.state, self.started, self.before = options, state, time.perf_counter(), state.spent
         self.device = torch.device(options.device)
         self.dtype = check.DTYPES[options.dtype]
         self.machine = machine(self.device)
@@ -92,7 +97,7 @@ class Bench:
         """Seconds of the budget that remain."""
         if self.options.budget is None:
             return float("inf")
-        return self.options.budget - self.state.spent - (time.perf_counter() - self.started)
+        return self.options.budget - self.before - (time.perf_counter() - self.started)
 
     def cases(self) -> list[tuple[check.Kernel, Any]]:
         """What the headline is made of first: a budget that ends early costs the rest."""
@@ -132,6 +137,11 @@ class Bench:
         if self.left() <= 0:
             self.leave_out(kernel, case, everybody, kernel_report.OUT_OF_TIME)
             return
+        fatal = self.state.crashed.get(f"{name} | race") or self.state.crashed.get(f"{name} | the case")
+        if fatal:
+            self.leave_out(kernel, case, everybody, fatal)
+            return
+        self.now(kernel, case, "the case")
         torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":
@@ -172,6 +182,7 @@ class Bench:
         if crash:
             found.refused = crash
             return found
+        self.now(kernel, case, OURS)
         try:
             found.refused = check.refusal(kernel, arguments) or ""
             verdicts = judge.judge(check.ours(kernel), twice=True)
@@ -200,6 +211,7 @@ class Bench:
             status = "ok" if found.exact else "inexact"
             reason = "" if found.exact else _why([check.Verdict(**v) for v in found.verdicts])
             return replace(row, status=status, reason=reason, error_over_bound=worst)
+        self.now(kernel, case, contender.name)
         expected = max(contender.seconds, self.compiling.get(contender.name, 0.0)) if contender.tier else 0.0
         start = time.perf_counter()
         try:
@@ -233,6 +245,7 @@ class Bench:
         modes = ("forward", "backward", "both") if judge.upstream else ("forward",)
         for mode in modes:
             trials = {name: _trial(kernel, function, arguments, judge, mode) for name, function in ready.items()}
+            self.now(kernel, case, "race")
             limit = min(ENOUGH, max(self.left() / 80, 0.5)) if self.options.budget else None
             result = race(trials, self.device, self.options.reps, limit)
             for name, reason in result.failures.items():
@@ -278,11 +291,13 @@ class Bench:
         said = check.one_line(problem)
         if self.device.type != "cuda" or not check.sticky(said):
             return
-        if contender is None:
-            self.state.done += [f"{tier} | {kernel.name} | {case}" for tier in range(TIERS)]
-        else:
-            self.state.crashed[f"{kernel.name} | {case} | {contender}"] = said
+        self.state.crashed[f"{kernel.name} | {case} | {contender or 'the case'}"] = said
         raise Sticky(said)
+
+    def now(self, kernel: check.Kernel, case: Any, contender: str) -> None:
+        """Note who is at work, for the parent of a process that dies of it."""
+        if self.options.state:
+            Path(f"{self.options.state}.now").write_text(f"{kernel.name} | {case} | {contender}")
 
     def precompile(self, tier: int, share: float = 0.4) -> None:
         """Fill the compilers' caches on disk from several processes; what fails there fails again, visibly, later."""
@@ -322,6 +337,9 @@ class Bench:
     def write(self, end: bool = False) -> str:
         """The results so far; returns the headline."""
         out = Path(self.options.out)
+        if self.options.state:
+            self.state.spent = self.before + time.perf_counter() - self.started
+            self.state.save(Path(self.options.state))
         write_rows(out / "kernels.csv", self.state.rows)
         text, headline = kernel_report.report(self.machine, self.state.rows, self.state.found, self.device.type)
         (out / "kernels.md").write_text(text)
@@ -384,7 +402,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reps", type=int, metavar="N", help="rounds of a race; default 50 on a GPU, 10 on a CPU")
     parser.add_argument("--compilers", type=int, metavar="N", help="processes that compile contenders beforehand")
     parser.add_argument("--warm", action="store_true", help="only fill the compilers' caches, for a later run")
-    parser.add_argument("--resume", help=argparse.SUPPRESS)
+    parser.add_argument("--state", help=argparse.SUPPRESS)
     parser.add_argument("--only-compile", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.device == "cpu" and chosen.budget is None:
@@ -399,8 +417,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("kernels.py: --device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
         return 1
-    state = State.load(Path(chosen.resume)) if chosen.resume else State()
-    bench = Bench(chosen, state)
+    if chosen.device == "cuda" and not (chosen.state or chosen.warm or chosen.only_compile):
+        return supervise([sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)])
+    bench = Bench(chosen, State.load(Path(chosen.state)) if chosen.state else State())
     if chosen.only_compile:
         bench.only_compile(*map(int, chosen.only_compile.split(",")))
         return 0
@@ -418,15 +437,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bench.run()
     except Sticky as problem:
-        print(f"the GPU's context is lost ({problem}); going on in a new process", flush=True)
-        state.spent += time.perf_counter() - bench.started
-        path = Path(chosen.resume or Path(tempfile.mkdtemp()) / "state.json")
-        state.save(path)
-        given = [a for a in sys.argv[1:] if not a.startswith("--resume=")]
-        os.execv(sys.executable, [sys.executable, __file__, *given, f"--resume={path}"])
+        print(f"the GPU's context is lost: {problem}", flush=True)
+        bench.write()
+        return CONTEXT_LOST
     headline = bench.write(end=True)
-    print("\n".join(["", *kernel_report.left_out(state.rows), headline]))
+    print("\n".join(["", *kernel_report.left_out(bench.state.rows), headline]))
     return 0
+
+
+def supervise(command: Sequence[str]) -> int:
+    """Run the benchmark in a child; where one dies, of a lost context or of a signal, another goes on without the
+    contender that was at work.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.json"
+        now = Path(f"{path}.now")
+        for _ in range(MOST_CHILDREN):
+            code = subprocess.call([*command, f"--state={path}"])
+            if code >= 0 and code != CONTEXT_LOST:
+                return code
+            if code < 0:
+                state = State.load(path)
+                who = now.read_text() if now.exists() else ""
+                print(f"the benchmark died of signal {-code} at {who or 'its start'}", flush=True)
+                if not who or who in state.crashed:
+                    return 1
+                state.crashed[who] = f"the process died of signal {-code}"
+                state.save(path)
+    return 1
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def table(kernel: check.Kernel, case: Any, dtype: torch.dtype, device: torch.dev
     yield f"  {'all launches':<20} {total * 1e3:10.1f} us"
     if device.type == "cuda":
         held, free = (_whole(call, device, rounds, hold) for hold in (True, False))
-        yield f"  {'the whole call':<20} {held * 1e3:10.1f} us on the GPU, {free * 1e3:.1f} us with the gaps of its host"
+        yield f"  {'the whole call':<20} {held * 1e3:10.1f} us on the GPU, {free * 1e3:.1f} us with its host's gaps"
 
 
 def tune(
