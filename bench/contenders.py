@@ -198,7 +198,7 @@ def _sdpa(device: torch.device) -> list[Contender]:
 def _sdpa_by(backend: Any, arguments: Sequence[Any]) -> Callable[..., Tensor]:
     """The first padding of N that the backend takes, forward and backward: none, to a multiple of 8, of 64."""
     tokens = prod(geometry(*arguments).used)
-    tried: dict[str, list[str]] = {}
+    tried: dict[str, None] = {}  # reasons, each once
     for multiple in (1, 8, 64):
         padded = -(-tokens // multiple) * multiple
         if multiple > 1 and padded == tokens:
@@ -211,10 +211,10 @@ def _sdpa_by(backend: Any, arguments: Sequence[Any]) -> Callable[..., Tensor]:
             except Exception as problem:
                 why = [str(w.message).split(" (Triggered")[0].strip() for w in said]
                 reason = " ".join(dict.fromkeys([str(problem).split("\n")[0], *why]))
-                tried.setdefault(reason[:300], []).append(str(padded))
+                tried[reason[:300]] = None
             else:
                 return function
-    raise CannotRun("; ".join(f"{reason} (windows of {', '.join(sizes)})" for reason, sizes in tried.items()))
+    raise CannotRun("; ".join(tried))
 
 
 def _sdpa_padded(backend: Any, padded: int) -> Callable[..., Tensor]:
@@ -333,19 +333,21 @@ def _natten(_: Sequence[Any]) -> Callable[..., Tensor]:
     raise CannotRun("NATTEN has no relative position bias (removed), so it computes another function")
 
 
-# Masked cross-entropy: (features, head, targets, mask) -> (loss, accuracy).
+# Masked cross-entropy: (features, head, targets, mask or None) -> (loss, accuracy).
 
 
-def all_tokens(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def all_tokens(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """As official: the head on every token, then the hidden rows of the logits."""
-    logits = head(features)[mask].float()
-    ids = targets[mask]
+    logits, ids = (_hidden(x, mask) for x in (head(features), targets))
+    logits = logits.float()
     accuracy = (logits.detach().argmax(dim=-1) == ids).float().mean()
     return F.cross_entropy(logits, ids), accuracy
 
 
-def all_tokens_static(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def all_tokens_static(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same without boolean indexing, which torch.compile cannot see through."""
+    if mask is None:
+        return all_tokens(features, head, targets, None)
     logits = head(features).float().flatten(0, -2)
     count = mask.sum().clamp(min=1)
     losses = F.cross_entropy(logits, targets.flatten(), reduction="none") * mask.flatten()
@@ -353,11 +355,19 @@ def all_tokens_static(features: Tensor, head: nn.Module, targets: Tensor, mask: 
     return losses.sum() / count, right.sum() / count
 
 
+def _hidden(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The hidden rows of (..., K), or the hidden ids of (...)."""
+    if mask is not None:
+        return x[mask]
+    return x.flatten(0, -2) if x.is_floating_point() else x.flatten()
+
+
 def _cut_cross_entropy(_: Sequence[Any]) -> Callable[..., Any]:
     package = _import("cut_cross_entropy")
 
-    def loss(features: Tensor, head: Any, targets: Tensor, mask: Tensor) -> tuple[Tensor]:
-        return (package.linear_cross_entropy(features[mask], head.weight, targets[mask], bias=head.bias),)
+    def loss(features: Tensor, head: Any, targets: Tensor, mask: Tensor | None) -> tuple[Tensor]:
+        rows, ids = _hidden(features, mask), _hidden(targets, mask)
+        return (package.linear_cross_entropy(rows, head.weight, ids, bias=head.bias),)
 
     return loss
 
@@ -365,8 +375,8 @@ def _cut_cross_entropy(_: Sequence[Any]) -> Callable[..., Any]:
 def _liger(_: Sequence[Any]) -> Callable[..., Any]:
     loss = _import("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
 
-    def call(features: Tensor, head: Any, targets: Tensor, mask: Tensor) -> tuple[Tensor]:
-        return (loss(head.weight, features[mask], targets[mask], head.bias),)
+    def call(features: Tensor, head: Any, targets: Tensor, mask: Tensor | None) -> tuple[Tensor]:
+        return (loss(head.weight, _hidden(features, mask), _hidden(targets, mask), head.bias),)
 
     return call
 

@@ -106,7 +106,7 @@ class Bench:
             if self.options.kernel in (None, kernel.name):
                 cases = kernel.real() if self.device.type == "cuda" else kernel.cases(small=True)
                 for number, case in enumerate(cases):
-                    first = case.stream in ("clip", "image") if getattr(case, "stream", "") else number < 2
+                    first = case.stream in ("clip", "image") if getattr(case, "stream", "") else number < 3
                     if self.options.case in str(case):
                         (core if first else rest).append((kernel, case))
         self.core = len(core)
@@ -168,7 +168,8 @@ class Bench:
         rows = self.times(kernel, case, arguments, judge, ready, notes, found)
         self.state.rows += rows
         told = [f"{row.contender} {row.mode} {row.median_ms:.3f}" for row in rows if row.median_ms is not None]
-        print(f"{kernel.name} {case} (ms): {', '.join(told) or 'nobody could be timed'}", flush=True)
+        if told or not tier:
+            print(f"{kernel.name} {case} (ms): {', '.join(told) or 'nobody could be timed'}", flush=True)
 
     def gate(self, kernel: check.Kernel, case: Any, arguments: Sequence[Any], judge: check.Judge) -> Found:
         """Our own exactness on this case, and what the case is."""

@@ -87,9 +87,9 @@ def _attention(qkv: Tensor, window: Sequence[int]) -> tuple[Work, Work]:
     return Work(4.0 * width * scores, 4 * out), Work(10.0 * width * scores, 8 * out)
 
 
-def _cross_entropy(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor) -> tuple[Work, Work]:
+def _cross_entropy(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor | None) -> tuple[Work, Work]:
     weight = max(head.parameters(), key=lambda p: p.numel())
-    rows = int(mask.sum())
+    rows = features[..., 0].numel() if mask is None else int(mask.sum())
     gathered = rows * features.shape[-1] * features.itemsize
     product = 2.0 * rows * weight.numel()
     forward = Work(product, gathered + weight.nbytes + 8 * rows)

@@ -144,10 +144,12 @@ def test_flex_attention_reads_the_same_bias(monkeypatch):
 def test_cross_entropy_contenders_compute_the_reference():
     module = importlib.import_module("bevt_kernels.masked_cross_entropy")
     head = torch.nn.Linear(8, 11)
-    arguments = (torch.randn(3, 5, 8), head, torch.randint(11, (3, 5)), torch.rand(3, 5) < 0.5)
-    expected = module.reference(*arguments)
-    for function in (contenders.all_tokens, contenders.all_tokens_static):
-        torch.testing.assert_close(function(*arguments), expected)
+    features, targets = torch.randn(3, 5, 8), torch.randint(11, (3, 5))
+    everything = torch.ones(3, 5, dtype=torch.bool)
+    for mask in (torch.rand(3, 5) < 0.5, None):
+        expected = module.reference(features, head, targets, everything if mask is None else mask)
+        for function in (contenders.all_tokens, contenders.all_tokens_static):
+            torch.testing.assert_close(function(features, head, targets, mask), expected)
 
 
 def test_flop_and_bytes_of_one_clip_are_those_of_the_design_study():
