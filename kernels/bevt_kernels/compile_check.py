@@ -242,8 +242,9 @@ def _child(answer: Connection, job: Job, listing: bool) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """The last line that says something; a CompilationError shows the source first."""
+    """What ptxas complains of, else the last line that says something: a CompilationError shows the source first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    lines += re.findall(r"^ptxas.*(?:fatal|error).*", str(error), flags=re.MULTILINE)[:1]
     where = re.match(r"at (\d+):", str(error))
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"line {where[1]} of the kernel" if where else f"{Path(frame.filename).name}:{frame.lineno}"

@@ -54,47 +54,44 @@ def specialise(launch: Launch) -> Source:
         signature[name] = kind
         if kind == "constexpr":
             constants[(index,)] = value
-        elif divisible is not None:
-            attributes[(index,)] = [["tt.divisibility", 16]] if divisible else []
+        elif divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
     options |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return Source(launch.kernel, signature, constants, attributes, options)
 
 
-def _kind(parameter: Any, value: Any) -> tuple[str, bool | None]:
-    """The type in the signature, and whether 16 divides the value; None where the JIT does not ask."""
+def _kind(parameter: Any, value: Any) -> tuple[str, bool]:
+    """The type in the signature, and whether the code may know that 16 divides the value."""
     if parameter.is_constexpr:
-        return "constexpr", None
-    kind, divisible = _kind_of(parameter.name, value, parameter.is_const, not parameter.do_not_specialize)
-    if parameter.do_not_specialize:
-        divisible = None
-    elif parameter.do_not_specialize_on_alignment and divisible is not None:
-        divisible = False
+        return "constexpr", False
+    kind, divisible = _kind_of_value(parameter, value)
+    divisible &= not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
     if parameter.annotation_type:
         kind = parameter.annotation_type
-        divisible = None if kind == "u1" or kind[:2] in ("fp", "bf") else divisible
+        divisible &= kind != "u1" and kind[:2] not in ("fp", "bf")
     return kind, divisible
 
 
-def _kind_of(name: str, value: Any, is_const: bool, ones_are_constants: bool) -> tuple[str, bool | None]:
+def _kind_of_value(parameter: Any, value: Any) -> tuple[str, bool]:
     if value is None:
-        return "constexpr", None
+        return "constexpr", False
     if isinstance(value, Tensor):
         element = POINTERS.get(str(value.dtype).removeprefix("torch."))
         if element is None:
-            raise TypeError(f"argument {name} is a tensor of {value.dtype}, which no kernel takes")
-        pointer = ("*k" if is_const else "*") + element
+            raise TypeError(f"argument {parameter.name} is a tensor of {value.dtype}, which no kernel takes")
         # an allocation begins at a multiple of 16, so the offset of a view decides
-        return pointer, value.storage_offset() * value.element_size() % 16 == 0
+        divisible = value.storage_offset() * value.element_size() % 16 == 0
+        return ("*k" if parameter.is_const else "*") + element, divisible
     if isinstance(value, bool):
-        return "u1", None
+        return "u1", False
     if isinstance(value, float):
-        return "fp32", None
+        return "fp32", False
     if isinstance(value, int):
-        if value == 1 and ones_are_constants:
-            return "constexpr", None
+        if value == 1 and not parameter.do_not_specialize:
+            return "constexpr", False
         width = "i32" if -(2**31) <= value < 2**31 else "i64" if -(2**63) <= value < 2**63 else "u64"
         return width, value % 16 == 0
-    raise TypeError(f"argument {name} is a {type(value).__name__}; a launch takes tensors, numbers and None")
+    raise TypeError(f"argument {parameter.name} is a {type(value).__name__}; a launch takes tensors, numbers and None")
 
 
 def disagreement(launch: Launch, source: Source, target: GPUTarget) -> str:
@@ -119,7 +116,7 @@ def disagreement(launch: Launch, source: Source, target: GPUTarget) -> str:
         ("attributes", source.attributes, attributes),
         ("options", vars(ours), vars(options)),
     ):
-        mine, theirs = ({k: v for k, v in one.items() if v != []} for one in (mine, theirs))
+        theirs = {key: value for key, value in theirs.items() if value != []}
         if mine != theirs:
             different = {key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)}
             told = ", ".join(f"{key}: {mine.get(key)} for {theirs.get(key)}" for key in sorted(different, key=str))
