@@ -236,10 +236,11 @@ def count(code: list[Instruction], loop: list[int], threads: int, chip: Chip) ->
             m, n, k = _product(code, index)
             of_cta, of_four_warps = instruction.name[0] == "U", "GMMA" in instruction.name
             copies = 1 if of_cta else warps / 4 if of_four_warps else warps
-            flop += 2 * m * n * k * copies
+            wide = 2 if "TF32" in instruction.opcode else 1  # four bytes an element, at half the rate
+            flop += 2 * m * n * k * copies * wide
             if of_cta or of_four_warps:
                 both = instruction.operands.count("gdesc") == 2 or re.match(r"R\d+, gdesc", instruction.operands)
-                wavefronts += (n + (m if both else 0)) * k * 2 / chip.l1 * copies
+                wavefronts += (n + (m if both else 0)) * k * 2 * wide / chip.l1 * copies
         elif instruction.name in MEMORY or instruction.name == "SHFL":
             wavefronts += _wavefronts(instruction) * warps
     lanes = {name: amount * threads for name, amount in classes.items()}

@@ -165,7 +165,7 @@ def test_float32_products_must_not_be_rounded(flawed):
     assert code == 1 and "rounds a float32 product to tf32" in output, errors
     assert "1 of 2 fail" in output, "in float16 nothing is rounded"
     assert "128 rows" not in output, "only the small case was asked for"
-    assert "hot loop by opcode" in output and "HMMA.16816.F32 R" in output and "HMMA.1684.F32.TF32 R" in output
+    assert "hot loop by opcode" in output and "HMMA.16816.F32 R" in output and "HMMA.1688.F32.TF32 R" in output
 
 
 @pytest.mark.parametrize(
