@@ -53,7 +53,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.file}.{self.source.kernel.__name__}" if self.source else self.file
+        """The kernel by the module that holds it, which need not be the file that launches it."""
+        kernel = self.source.kernel if self.source else None
+        return f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}" if kernel else self.file
+
+    def answers_to(self, name: str) -> bool:
+        return name in (self.file, self.name, *self.name.split("."))
 
     @property
     def constants(self) -> str:
@@ -79,6 +84,7 @@ class Finding:
     ctas: int = 0
     tensor: dict[str, int] = field(default_factory=dict)
     loop: Count | None = None
+    whole: bool = False  # there is no loop, so the whole kernel was counted
     listing: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -156,7 +162,7 @@ def examine(job: Job, listing: bool) -> Finding:
         code, labels = disassemble(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
         finding.tensor = dict(tensor_instructions(code))
         loop = hot_loop(code, labels)
-        finding.loop = count(code, loop, threads, chip)
+        finding.loop, finding.whole = count(code, loop, threads, chip), len(loop) == len(code)
         if listing:
             finding.listing = [str(code[index]) for index in loop]
     finding.failures = list(_failures(job, finding, products))
@@ -229,6 +235,7 @@ def _warm_up(chips: list[int]) -> None:
 
 def _child(answer: Connection, job: Job, listing: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with tempfile.TemporaryFile() as complaints:
         os.dup2(complaints.fileno(), 2)  # Triton's passes speak to the terminal, past Python
         try:
@@ -284,7 +291,12 @@ def row(job: Job, finding: Finding) -> dict[str, Any]:
     }
     if job.inner and finding.loop:
         scores = job.inner.scores
-        line |= {"scores": scores, "flop_per_score": job.inner.flops, "waste": round(job.inner.waste, 4)}
+        line |= {
+            "counted": "kernel" if finding.whole else "loop",
+            "scores": scores,
+            "flop_per_score": job.inner.flops,
+            "waste": round(job.inner.waste, 4),
+        }
         line |= {f"instructions_{name}": round(n / scores, 4) for name, n in finding.loop.classes.items()}
         line |= {f"cycles_{pipe}": round(n / scores, 5) for pipe, n in finding.loop.cycles.items()}
     if limit := bound(job, finding):
@@ -310,7 +322,7 @@ def show(job: Job, finding: Finding, width: int) -> None:
         scores = job.inner.scores
         classes = "  ".join(f"{name} {number / scores:.2f}" for name, number in finding.loop.classes.items())
         cycles = "  ".join(f"{pipe} {number / scores:.4f}" for pipe, number in finding.loop.cycles.items())
-        print(f"    instructions per score: {classes}")
+        print(f"    instructions per score{' (of the whole kernel: no loop)' if finding.whole else ''}: {classes}")
         print(f"    clk per score: {cycles}  waste {job.inner.waste:.2f}")
         chip = CHIPS[job.chip]
         print(
@@ -361,12 +373,6 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         parser.error(f"--package: {error}")
     if not chosen.files:
         parser.error(f"{chosen.package} has no kernel file (a module with CASES and rehearse)")
-    kernels = {
-        name: file for file, module in chosen.files.items() for name, value in vars(module).items() if _is_kernel(value)
-    }
-    if chosen.kernel is not None and chosen.kernel not in {*chosen.files, *kernels}:
-        known = ", ".join([*chosen.files, *kernels])
-        parser.error(f"--kernel: there is no {chosen.kernel!r}; there are {known}")
     if chosen.csv is not None:
         try:
             chosen.csv = chosen.csv.open("w", newline="")
@@ -375,18 +381,16 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def _is_kernel(value: object) -> bool:
-    return isinstance(value, runtime.triton.JITFunction)
-
-
 def check(chosen: argparse.Namespace) -> int:
     """Compile what was chosen and print it; the exit code."""
-    files = chosen.files
-    if chosen.kernel in files:
-        files = {chosen.kernel: files[chosen.kernel]}
+    files = {name: file for name, file in chosen.files.items() if name == chosen.kernel} or chosen.files
     jobs = jobs_of(files, list(dict.fromkeys(chosen.chip)), list(dict.fromkeys(chosen.dtype)), chosen.small)
-    if chosen.kernel not in (None, *files):
-        jobs = [job for job in jobs if job.name.endswith(f".{chosen.kernel}") or not job.source]
+    if chosen.kernel is not None:
+        known = sorted({*files, *(job.name for job in jobs)})
+        jobs = [job for job in jobs if job.answers_to(chosen.kernel)]
+        if not jobs:
+            print(f"--kernel: there is no {chosen.kernel!r}; there are {', '.join(known)}", file=sys.stderr)
+            return 2
     width = max((len(job.name) for job in jobs), default=0)
     print(f"triton {runtime.triton.__version__}, {len(jobs)} kernels to compile; nothing runs, bounds are static")
     print(f"{'kernel':<{width}} {'dtype':<14} chip   regs spill stack shared/KB  tmem/512 CTAs  tensor       verdict")
@@ -410,6 +414,8 @@ def check(chosen: argparse.Namespace) -> int:
 
 def main(words: list[str] | None = None) -> int:
     chosen = arguments(words)
+    torch.set_num_threads(1)  # the processes that compile are forked from this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
     with tempfile.TemporaryDirectory(prefix="compile_check_") as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", f"{folder}/cache")
         os.environ["TMPDIR"] = tempfile.tempdir = folder  # ptxas leaves files behind when it fails

@@ -176,7 +176,6 @@ def test_float32_products_must_not_be_rounded(flawed):
         ("--jobs 0", "--jobs: expected at least 1, got 0"),
         ("--package no_such_package", "no_such_package"),
         ("--package json", "json has no kernel file"),
-        ("--package flawed --kernel absent", "there is no 'absent'; there are broken, "),
         ("--package flawed --csv /no/such/folder/x.csv", "cannot write /no/such/folder/x.csv: No such file"),
     ],
 )
@@ -189,10 +188,15 @@ def test_senseless_questions(flawed, monkeypatch, capsys, words, sentence):
     assert sentence in capsys.readouterr().err
 
 
-def test_interpreted_kernels_are_not_compiled():
-    code, output, errors = finish(start(TRITON_INTERPRET="1"))
-    assert code == 2 and "kernels are interpreted, not compiled; unset it" in errors
-    assert not output and "Traceback" not in errors
+def test_what_cannot_be_compiled_is_one_sentence(flawed):
+    absent = start("--package", "flawed", "--kernel", "absent", path=flawed)
+    for process, sentence in (
+        (start(TRITON_INTERPRET="1"), "kernels are interpreted, not compiled; unset it"),
+        (absent, "there is no 'absent'; there are broken, broken.kernel, "),
+    ):
+        code, output, errors = finish(process)
+        assert code == 2 and sentence in errors
+        assert not output and "Traceback" not in errors
 
 
 def test_the_jit_compiles_the_same_code(flawed):
