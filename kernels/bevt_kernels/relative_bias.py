@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
-from .runtime import launch, tl, triton
+from .runtime import cdiv, launch, tl, triton
 from .window_geometry import Plan
 
 LARGEST = 60000.0  # a finite float16; times 32**-0.5 it is a bias of 10,600
@@ -21,7 +21,7 @@ SMALLEST = (
 )  # float16's smallest normal number, a bias of 1e-5: the mark's place is known in normal numbers only
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements", "nH", "stride_row", "stride_head"])
 def _bias_tiles(
     table_ptr,  # (rows, nH)
     index_ptr,  # (kinds, elements) int32
@@ -61,7 +61,7 @@ def _bias_tiles(
             tl.store(out, bits, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements", "nH"])
 def _sum_groups(
     partial_ptr,  # (groups, nH, elements) float32
     first_ptr,  # (kinds + 1,) int32: the groups of a kind
@@ -81,7 +81,7 @@ def _sum_groups(
     tl.store(sum_ptr + (head * kinds + kind).to(tl.int64) * elements + offs, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "used", "nH"])
 def _table_gradient(
     sum_ptr,  # (nH, places) float32
     row_ptr,  # (used,) int32: the rows that have entries
@@ -122,10 +122,10 @@ def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bo
     heads, elements = table.shape[1], index[0].numel()
     dtype = torch.float32 if wide else torch.int16
     tiles = torch.empty(plan.kinds, heads, index.shape[1], index.shape[2], dtype=dtype, device=table.device)
-    block = 1024
+    block = 4096
     launch(
         _bias_tiles,
-        (triton.cdiv(elements, block), plan.kinds),
+        (cdiv(elements, block), plan.kinds),
         table,
         index,
         tiles,
@@ -141,7 +141,7 @@ def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bo
         FOREIGN=geometry.FOREIGN,
         WIDE=wide,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8,
     )
     return tiles
 
@@ -157,24 +157,24 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
     heads, kinds = like.shape[1], len(first) - 1
     elements = partial[0, 0].numel()
     total = torch.empty(heads, kinds, elements, dtype=torch.float32, device=partial.device)
-    block = 1024
+    block = 4096
     launch(
         _sum_groups,
-        (triton.cdiv(elements, block), heads, kinds),
+        (cdiv(elements, block), heads, kinds),
         partial,
         first,
         total,
         elements,
         heads,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8,
     )
     # rows that no pair of this window reads keep a gradient of 0
     grad = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     used = len(plan.row)
     launch(
         _table_gradient,
-        (triton.cdiv(used, 8), triton.cdiv(heads, 4)),
+        (cdiv(used, 16), cdiv(heads, 4)),
         total,
         plan.row,
         plan.entry,
@@ -183,7 +183,7 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
         kinds * elements,
         used,
         heads,
-        ROWS=8,
+        ROWS=16,
         HEADS=4,
         BLOCK=64,
         num_warps=4,
