@@ -242,8 +242,9 @@ def _child(answer: Connection, job: Job, listing: bool) -> None:
             finding = examine(job, listing)
         except Exception as error:
             complaints.seek(0)
-            spoken = re.findall(r"error: (.*)", complaints.read().decode(errors="replace"))
-            finding = Finding(failures=[f"does not compile: {': '.join([_sentence(error), *spoken[:1]])}"])
+            spoken = complaints.read().decode(errors="replace")
+            reasons = re.findall(r"error: (.*)", spoken)[:1] + re.findall(r"executing \[`(\w+)`", spoken)[:1]
+            finding = Finding(failures=[f"does not compile: {': '.join([_sentence(error), *reasons])}"])
         answer.send(finding)
         answer.close()
 

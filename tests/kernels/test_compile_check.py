@@ -101,7 +101,8 @@ def verdicts(flawed, tmp_path_factory) -> tuple[int, str, list[dict[str, str]]]:
     words = ("--package", "flawed", "--chip", 90, "--dtype", "bf16", "--csv", file, "--jobs", 2)
     code, output, errors = finish(start(*words, path=flawed, TMPDIR=str(temporary)))
     assert "Traceback" not in errors, errors
-    assert not list(temporary.iterdir()), "files were left behind"
+    # torch makes a folder of its own when it is imported
+    assert not [path for path in temporary.iterdir() if "torch" not in path.name], "files were left behind"
     with file.open(newline="") as table:
         return code, output, list(csv.DictReader(table))
 
