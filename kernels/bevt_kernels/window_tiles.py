@@ -187,12 +187,14 @@ def _forward(
             )  # fmt: skip
         if MASKED:
             seen = 0
+            # the maxima only grow, so what was negligible stays so; a padding slot sees nobody
+            limit = tl.where(offs < N, (m + NEGLIGIBLE) / c, float("inf"))
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
                 rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
                 bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
                 x = tl.dot(q, _load_t(k_ptr, rows, D, DP), bias, input_precision="ieee")
-                if tl.max(tl.where(offs < N, tl.max(x, 1) * c - m, -float("inf")), 0) > NEGLIGIBLE:
+                if tl.max(tl.where(x > limit[:, None], 1, 0)) > 0:
                     seen = 1
                     m, total, acc = _weigh(x, _load(v_ptr, rows, D, DP), m, total, acc, c)
             tl.store(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip, seen)
@@ -527,8 +529,10 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
     lse = torch.empty(windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
     seen = torch.empty(windows, heads, plan.slots // plan.tile, dtype=torch.int32, device=qkv.device)
     wide = is_wide(qkv.dtype)
-    roomy = width <= 32 and (capability(qkv.device) >= 90 or not wide)
-    blocks = _blocks(plan, 2 * plan.tile if roomy else plan.tile)
+    block = plan.tile if width > 32 or (capability(qkv.device) < 90 and wide) else 2 * plan.tile
+    if plan.masked and capability(qkv.device) >= 100:
+        block //= 2  # the code that skips regions takes the registers
+    blocks = _blocks(plan, block)
     launch(
         _forward,
         _grid(plan, windows, heads),
@@ -550,6 +554,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         min(GROUP, max(windows, 1)),
         **_shape(plan, width, wide, blocks),
         NEGLIGIBLE=NEGLIGIBLE,
+        **registers(qkv),
         num_warps=warps(qkv),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=_inner(plan, width, blocks, 4 * width),
@@ -579,6 +584,7 @@ def backward(
         _grid(plan, windows, heads),
         qkv, *geometry_, tiles, out, grad, lse, seen, delta, dqkv, c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
+        **registers(qkv),
         num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 6 * width),
@@ -662,6 +668,11 @@ def warps(qkv: Tensor) -> int:
     With eight, sm_90 would stack the warps on the rows of a 16-bit product and compute everything twice.
     """
     return 8 if qkv.dtype == torch.float32 else 4
+
+
+def registers(qkv: Tensor) -> dict[str, int]:
+    """On sm_100 a ceiling of three programs a multiprocessor: left alone, ptxas aims at four and spills a little."""
+    return {"maxnreg": 168} if capability(qkv.device) >= 100 and qkv.dtype != torch.float32 else {}
 
 
 def is_wide(dtype: torch.dtype) -> bool:
