@@ -66,9 +66,59 @@ def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.conste
     return tl.minimum(first // BLOCK, end), end
 
 
+@triton.jit
+def _scores(a, b, bias, c):
+    """What `_power` makes p of. In 16 bits a b + bias, from accumulators that start as the bias.
+
+    In float32 that would round every partial sum as coarsely as the largest bias. There it is (a b) c + bias, with
+    bias tiles that are already in base 2; see relative_bias.bias_tiles.
+    """
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="ieee") * c + bias
+    else:
+        return tl.dot(a, b, bias, input_precision="ieee")
+
+
+@triton.jit
+def _power(x, m, c, EXACT: tl.constexpr):
+    """2**(x c - m) of 16-bit scores, a multiply-add and an exponential; EXACT scores are in base 2 already."""
+    if EXACT:
+        return tl.exp2(x - m)
+    else:
+        return tl.exp2(x * c - m)
+
+
+@triton.jit
+def _store_lse(ptr, offs, heads, m, total, exists, RS: tl.constexpr, EXACT: tl.constexpr):
+    """What the backward needs to find p again, with p = 0 at padding slots: the log-sum-exp in base 2.
+
+    EXACT keeps two planes, the maximum and the share 1 / total: a log-sum-exp of 8 is rounded by 5e-7, and that is the
+    relative error of a whole row of p, more than float32 allows.
+    """
+    if EXACT:
+        tl.store(ptr + offs, tl.where(exists, m, float("inf")))
+        tl.store(ptr + heads.to(tl.int64) * RS + offs, 1.0 / total)
+    else:
+        tl.store(ptr + offs, tl.where(exists, m + tl.log2(total), float("inf")))
+
+
+@triton.jit
+def _load_share(ptr, offs, heads, like, RS: tl.constexpr, EXACT: tl.constexpr):
+    """1 / total of each row where that was kept; unused otherwise."""
+    if EXACT:
+        return tl.load(ptr + heads.to(tl.int64) * RS + offs)
+    else:
+        return like
+
+
 def tile_size(dtype: torch.dtype) -> int:
     """Slots in a strip: a tensor-core product of a warp group has 64 rows; float32 has no tensor cores to feed."""
     return 32 if dtype == torch.float32 else 64
+
+
+def lse_planes(dtype: torch.dtype) -> int:
+    """See `_store_lse`."""
+    return 2 if dtype == torch.float32 else 1
 
 
 def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:

@@ -1,7 +1,11 @@
-"""Makes Triton's interpreter compute bfloat16 as a GPU does: by value, rounded to nearest even.
+"""Makes Triton's interpreter compute as a GPU does where it would not.
 
-Triton 3.6 to 3.9 keep bfloat16 in the interpreter as raw 16-bit integers and add, multiply and round those, without a
-word. Reductions still run on the raw integers: kernels convert to float32 before they sum.
+bfloat16: Triton 3.6 to 3.9 keep it as raw 16-bit integers and add, multiply and round those, without a word. Here it
+goes by value, rounded to nearest even. Reductions still run on the raw integers: kernels convert to float32 first.
+
+float32 products: the interpreter leaves the order of their sums to BLAS, which picks another for another shape. A GPU
+adds term after term with fused multiply-adds, so that an element has the same bits in whatever tile it is computed;
+the attention's backward relies on that when it computes scores again.
 """
 
 from typing import Any
@@ -13,12 +17,12 @@ numpy: Any = interpreter.np  # type: ignore[attr-defined]
 Handle: Any = interpreter.TensorHandle
 
 
-def correct_bf16() -> None:
+def correct() -> None:
     """Replace the four operations that bfloat16 passes through. Once per process; a second call does nothing."""
     builder: Any = interpreter.InterpreterBuilder
-    if getattr(builder, "_bevt_kernels_bf16", False):
+    if getattr(builder, "_bevt_kernels_corrected", False):
         return
-    builder._bevt_kernels_bf16 = True
+    builder._bevt_kernels_corrected = True
     cast, binary, unary, dot = builder.cast_impl, builder.binary_op, builder.unary_op, builder.create_dot
 
     def corrected_cast(self: Any, source: Any, target: Any) -> Any:
@@ -40,9 +44,11 @@ def correct_bf16() -> None:
             return unary(self, value, operation)
         return _result(operation(_widen(value.data)))
 
-    def corrected_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def corrected_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if all(x.dtype.scalar == tl.float32 for x in (a, b, d)):
+            return Handle(_fused_multiply_adds(a.data, b.data, d.data), tl.float32)
         a, b = (Handle(_widen(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
-        return dot(self, a, b, *rest)
+        return dot(self, a, b, d, *rest)
 
     builder.cast_impl, builder.binary_op = corrected_cast, corrected_binary
     builder.unary_op, builder.create_dot = corrected_unary, corrected_dot
@@ -61,6 +67,14 @@ def _narrow(values: Any) -> Any:
     bits = values.view(numpy.uint32)
     nearest = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(numpy.uint16)
     return numpy.where(numpy.isnan(values), numpy.uint16(0x7FC0), nearest)
+
+
+def _fused_multiply_adds(a: Any, b: Any, total: Any) -> Any:
+    """a b + total over the last axis of a in order. A product of two float32 is exact in float64."""
+    a, b = a.astype(numpy.float64), b.astype(numpy.float64)
+    for k in range(a.shape[-1]):
+        total = (total + a[..., :, k, None] * b[..., k, None, :]).astype(numpy.float32)
+    return total
 
 
 def _result(values: Any) -> Any:

@@ -35,7 +35,7 @@ INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from . import interpreter
 
-    interpreter.correct_bf16()
+    interpreter.correct()
 
 OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
 Implementation = Literal["auto", "reference", "fused"]

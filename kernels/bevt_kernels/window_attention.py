@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import runtime, window_single, window_tiles
-from ._window_parts import is_wide, tile_size, token_stride
+from ._window_parts import is_wide, lse_planes, tile_size, token_stride
 from .window_geometry import BiasIndex, Plan, Triple, bias_rows, plan, roll, shift_mask, used_window, windows
 
 LARGEST_WINDOW = 4096  # tokens; the geometry's tables grow with the square
@@ -163,7 +163,7 @@ def _(qkv, bias_table, window, shift, mask_shift, bias_index):
     slots = max(16, runtime.power_of_2(tokens)) if single else runtime.cdiv(tokens, tile) * tile
     count = batch * (prod(grid) // tokens)
     out = qkv.new_empty(batch, *grid, heads, width)
-    lse = qkv.new_empty(count, heads, slots, dtype=torch.float32)
+    lse = qkv.new_empty(lse_planes(qkv.dtype), count, heads, slots, dtype=torch.float32)
     shape = (0,) if single else (count, heads, slots // tile)
     return out, lse, qkv.new_empty(shape, dtype=torch.int32)
 

@@ -25,10 +25,15 @@ from . import window_geometry as geometry
 from ._window_parts import (
     _fragment,
     _load,
+    _load_share,
     _load_t,
+    _power,
+    _scores,
     _store,
+    _store_lse,
     _visible,
     is_wide,
+    lse_planes,
     padded_width,
     registers,
     scales,
@@ -64,15 +69,18 @@ def _attend(
     kt = _load_t(k_ptr, rows, D, DP)
     v = _load(v_ptr, rows, D, DP)
     bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
-    x = tl.dot(q, kt, bias, input_precision="ieee")
+    x = _scores(q, kt, bias, c)
     return _weigh(x, v, m, total, acc, c)
 
 
 @triton.jit
 def _weigh(x, v, m, total, acc, c):
-    m_new = tl.maximum(m, tl.max(x, 1) * c)
+    largest = tl.max(x, 1)
+    if v.dtype != tl.float32:
+        largest *= c
+    m_new = tl.maximum(m, largest)
     alpha = tl.exp2(m - m_new)
-    p = tl.exp2(x * c - m_new[:, None])
+    p = _power(x, m_new[:, None], c, v.dtype == tl.float32)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_new, total * alpha + tl.sum(p, 1), acc
 
@@ -85,7 +93,7 @@ def _forward(
     span_ptr,  # (kinds, RS/TILE, 2) int32
     bias_ptr,  # (kinds, nH, RS/TILE, TILE*RS)
     out_ptr,  # (B, S, nH, D)
-    lse_ptr,  # (B*nW, nH, RS) float32, base 2; +inf where a slot is padding
+    lse_ptr,  # (planes, B*nW, nH, RS) float32, base 2; +inf where a slot is padding
     seen_ptr,  # (B*nW, nH, RS/TILE) int32: a key of another region counts
     c,
     separated,
@@ -147,12 +155,15 @@ def _forward(
         if MASKED:
             seen = 0
             # the maxima only grow, so what was negligible stays so; a padding slot sees nobody
-            limit = tl.where(offs < N, (m + NEGLIGIBLE) / c, float("inf"))
+            limit = m + NEGLIGIBLE
+            if q.dtype != tl.float32:
+                limit /= c
+            limit = tl.where(offs < N, limit, float("inf"))
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
                 rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
                 bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-                x = tl.dot(q, _load_t(k_ptr, rows, D, DP), bias, input_precision="ieee")
+                x = _scores(q, _load_t(k_ptr, rows, D, DP), bias, c)
                 if tl.max(tl.where(x > limit[:, None], 1, 0)) > 0:
                     seen = 1
                     m, total, acc = _weigh(x, _load(v_ptr, rows, D, DP), m, total, acc, c)
@@ -160,24 +171,52 @@ def _forward(
 
         exists = offs < N
         _store(out_ptr + b * S * nH * D + head * D, token * (nH * D), acc / total[:, None], exists, D, DP)
-        lse = tl.where(exists, m + tl.log2(total), float("inf"))
-        tl.store(lse_ptr + (window * nH + head).to(tl.int64) * RS + offs, lse)
+        lse_ptr += (window * nH + head).to(tl.int64) * RS
+        _store_lse(lse_ptr, offs, total_windows * nH, m, total, exists, RS, q.dtype == tl.float32)
+
+
+@triton.jit
+def _p_and_dp(
+    k, v_ptr, rows, bias_ptr, begin, masked, separated, q, do, lse, share, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> Any:  # fmt: skip
+    v = _load(v_ptr, rows, D, DP)
+    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
+    x = _scores(q, tl.trans(k), bias, c)
+    p = _power(x, lse[:, None], c, q.dtype == tl.float32)
+    if q.dtype == tl.float32:
+        p *= share[:, None]
+    return p, tl.dot(do, tl.trans(v), input_precision="ieee")
+
+
+@triton.jit
+def _delta_step(
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, share, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK keys add to the rows' sums of p * dP."""
+    rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+    k = _load(k_ptr, rows, D, DP)
+    p, dp = _p_and_dp(  # pyright: ignore[reportGeneralTypeIssues]
+        k, v_ptr, rows, bias_ptr, begin, masked, separated, q, do, lse, share, c, D, DP, TILE, BLOCK, WIDE, MASKED
+    )
+    return tl.sum(p * dp, 1)
 
 
 @triton.jit
 def _query_step(
-    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, delta, dq, c,
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, share, delta, dq, c,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK keys from slot `begin` on."""
     rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
     k = _load(k_ptr, rows, D, DP)
-    v = _load(v_ptr, rows, D, DP)
-    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
-    x = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
-    p = tl.exp2(x * c - lse[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    p, dp = _p_and_dp(  # pyright: ignore[reportGeneralTypeIssues]
+        k, v_ptr, rows, bias_ptr, begin, masked, separated, q, do, lse, share, c, D, DP, TILE, BLOCK, WIDE, MASKED
+    )
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -237,11 +276,26 @@ def _backward_queries(
         here = b * S * nH * D + head * D
         q = _load(qkv_ptr, token * stride_s, D, DP)
         do = _load(grad_ptr + here, token * (nH * D), D, DP)
-        o = _load(out_ptr + here, token * (nH * D), D, DP)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         row = (window * nH + head).to(tl.int64) * RS
-        tl.store(delta_ptr + row + offs, delta)
         lse = tl.load(lse_ptr + row + offs)
+        share = _load_share(lse_ptr + row, offs, total_windows * nH, lse, RS, q.dtype == tl.float32)
+        if q.dtype == tl.float32:
+            # dO * O is the same sum of p * dP, but over terms of either sign: their roundings would show in float32
+            delta = tl.zeros((TILE,), tl.float32)
+            for j in range(0, FULL):
+                delta += _delta_step(
+                    k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, share, c,
+                    D, DP, TILE, BLOCK, WIDE, MASKED,
+                )  # fmt: skip
+            if TAIL > 0:
+                delta += _delta_step(
+                    k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, share, c,
+                    D, DP, TILE, TAIL, WIDE, MASKED,
+                )  # fmt: skip
+        else:
+            o = _load(out_ptr + here, token * (nH * D), D, DP)
+            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        tl.store(delta_ptr + row + offs, delta)
         dq = tl.zeros((TILE, DP), tl.float32)
 
         lo, hi = 0, FULL
@@ -249,21 +303,21 @@ def _backward_queries(
             lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
         for j in range(lo, hi):
             dq = _query_step(
-                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
-                D, DP, TILE, BLOCK, WIDE, MASKED,
+                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, share, delta,
+                dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
             )  # fmt: skip
         if TAIL > 0:
             dq = _query_step(
-                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
-                D, DP, TILE, TAIL, WIDE, MASKED,
+                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, share,
+                delta, dq, c, D, DP, TILE, TAIL, WIDE, MASKED,
             )  # fmt: skip
         if MASKED:
             if tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0:
                 for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                     j = tl.where(i < lo, i, i + hi - lo)
                     dq = _query_step(
-                        k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta,
-                        dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
+                        k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, share,
+                        delta, dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
                     )  # fmt: skip
 
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
@@ -272,7 +326,8 @@ def _backward_queries(
 
 @triton.jit
 def _key_step(
-    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, begin, masked, separated, stride_s, nH, c, k, v, dk, dv,
+    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, begin, masked, separated, stride_s, nH, heads, c, k, v,
+    dk, dv, RS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -284,8 +339,10 @@ def _key_step(
     lse = tl.load(lse_ptr + offs)
     delta = tl.load(delta_ptr + offs)
     bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
-    x = tl.dot(k, tl.trans(q), bias, input_precision="ieee")
-    p = tl.exp2(x * c - lse[None, :])
+    x = _scores(k, tl.trans(q), bias, c)
+    p = _power(x, lse[None, :], c, q.dtype == tl.float32)
+    if q.dtype == tl.float32:
+        p *= _load_share(lse_ptr, offs, heads, lse, RS, True)[None, :]
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -355,12 +412,12 @@ def _backward_keys(
         for j in range(lo, hi):
             dk, dv = _key_step(
                 qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, nH,
-                c, k, v, dk, dv, D, DP, TILE, BLOCK, WIDE, MASKED,
+                total_windows * nH, c, k, v, dk, dv, RS, D, DP, TILE, BLOCK, WIDE, MASKED,
             )  # fmt: skip
         if TAIL > 0:
             dk, dv = _key_step(
                 qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s,
-                nH, c, k, v, dk, dv, D, DP, TILE, TAIL, WIDE, MASKED,
+                nH, total_windows * nH, c, k, v, dk, dv, RS, D, DP, TILE, TAIL, WIDE, MASKED,
             )  # fmt: skip
         if MASKED:
             seen_ptr += (window * nH + head).to(tl.int64) * STRIPS
@@ -369,7 +426,7 @@ def _backward_keys(
                 if tl.load(seen_ptr + j * BLOCK // TILE) != 0:
                     dk, dv = _key_step(
                         qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, j * BLOCK, masked, separated,
-                        stride_s, nH, c, k, v, dk, dv, D, DP, TILE, BLOCK, WIDE, MASKED,
+                        stride_s, nH, total_windows * nH, c, k, v, dk, dv, RS, D, DP, TILE, BLOCK, WIDE, MASKED,
                     )  # fmt: skip
 
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
@@ -378,11 +435,11 @@ def _backward_keys(
 
 
 def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, t, h, w, nH, d), the log-sum-exps (B*nW, nH, RS) and `seen` (B*nW, nH, RS/tile)."""
+    """The output (B, t, h, w, nH, d), the log-sum-exps (planes, B*nW, nH, RS) and `seen` (B*nW, nH, RS/tile)."""
     batch, *grid, _, heads, width = qkv.shape
     windows = batch * len(plan.token)
     out = torch.empty(batch, *grid, heads, width, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
+    lse = torch.empty(lse_planes(qkv.dtype), windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
     seen = torch.empty(windows, heads, plan.slots // plan.tile, dtype=torch.int32, device=qkv.device)
     wide = is_wide(qkv.dtype)
     block = plan.tile if width > 32 or (capability(qkv.device) < 90 and wide) else 2 * plan.tile
@@ -396,7 +453,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         plan.token,
         plan.kind,
         plan.span,
-        bias_tiles(table, plan, width, wide),
+        bias_tiles(table, plan, width, qkv.dtype),
         out,
         lse,
         seen,
@@ -425,9 +482,9 @@ def backward(
     batch, *grid, _, heads, width = qkv.shape
     windows = batch * len(plan.token)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse[0])
     wide = is_wide(qkv.dtype)
-    tiles = bias_tiles(table, plan, width, wide)
+    tiles = bias_tiles(table, plan, width, qkv.dtype)
     c, scale, separated = scales(width)
     place = (prod(grid), len(plan.token), heads)
     geometry_ = (plan.token, plan.kind, plan.span)
@@ -452,7 +509,7 @@ def backward(
     launch(
         _backward_keys,
         _grid(plan, windows, heads),
-        qkv, *geometry_, bias_tiles(table, plan, width, wide, transposed=True), grad, lse, seen, delta, dqkv,
+        qkv, *geometry_, bias_tiles(table, plan, width, qkv.dtype, transposed=True), grad, lse, seen, delta, dqkv,
         c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
         num_warps=warps(qkv),
