@@ -1,0 +1,17 @@
+"""What an uninitialised buffer holds is never right: in these tests it is NaN (or the largest integer)."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nan_in_fresh_buffers():
+    """For a whole module, because fixtures of a module run kernels too."""
+    settings = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    settings.fill_uninitialized_memory = before[0]  # pyright: ignore[reportAttributeAccessIssue]
+    torch.use_deterministic_algorithms(before[1], warn_only=only_warned)
