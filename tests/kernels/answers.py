@@ -199,7 +199,8 @@ def assert_law(made: Answers, fused: Answer) -> None:
 
 def _assert_choice(name: str, fused: Tensor, eager: Tensor, arguments: tuple[Any, ...]) -> None:
     """An argmax over a linear layer: the ids where the mask asks for them, and zeros elsewhere."""
-    features, weight, bias, mask = (*doubled(arguments), None, None)[:4]
+    features, weight, bias, mask = (*doubled(arguments), None, None)[:4]  # a file may leave the last two out
+    assert isinstance(features, Tensor) and isinstance(weight, Tensor)
     mask = torch.ones_like(fused, dtype=torch.bool) if mask is None else mask
     scores = nn.functional.linear(features[mask], weight, bias)
     exactness.assert_choice_as_exact_as_torch(name, fused[mask], eager[mask], scores)

@@ -1,5 +1,7 @@
 """What an uninitialised buffer holds is never right: in these tests it is NaN (or the largest integer)."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,11 +9,11 @@ import torch
 @pytest.fixture(scope="module", autouse=True)
 def _nan_in_fresh_buffers():
     """For a whole module, because fixtures of a module run kernels too."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic
     before = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    settings.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+    settings.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
-    settings.fill_uninitialized_memory = before[0]  # pyright: ignore[reportAttributeAccessIssue]
+    settings.fill_uninitialized_memory = before[0]
     torch.use_deterministic_algorithms(before[1], warn_only=only_warned)
