@@ -2,25 +2,31 @@
 
 Legend: B clips, (t, h, w) token grid, nH heads of width d, nW windows of N = wt*wh*ww tokens. An image has t = 1.
 
-Everything that depends on geometry alone (which row of the bias table a pair of tokens reads, which pairs a shift must
-keep apart) is computed once and kept; what remains per call is roll, partition, two products and a softmax.
+The eager path writes a whole feature map again for each of roll, partition, reverse and roll back, and stores
+(B*nW, nH, N, N) scores several times. Here a program computes the addresses of its own tokens, so roll and partition
+cost nothing; scores live in registers; the bias reaches them as their starting value; and the table's gradient is
+summed over windows without atomics, so two runs give equal bits.
+
+The kernels: window_tiles.py (any N), window_single.py (a whole window in one tile), relative_bias.py (table to tiles,
+gradient to table), over the tables of window_geometry.py. README.md derives the bias gradient and lists what was tried.
 """
 
-from functools import lru_cache
+from contextlib import nullcontext
+from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Triple = tuple[int, int, int]
-BiasIndex = Literal["true", "official"]
+from . import runtime, window_single, window_tiles
+from .window_geometry import BiasIndex, Plan, Triple, bias_rows, plan, roll, shift_mask, used_window, windows
 
-SEPARATED = (
-    -100.0
-)  # added to the logit of a pair that the shift brought together; finite, as in the official compute_mask
+LARGEST_WINDOW = 4096  # tokens; the geometry's tables grow with the square
+WIDEST_HEAD = 64
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# 1. The specification.
 def reference(
     qkv: Tensor,
     bias_table: Tensor,
@@ -36,8 +42,8 @@ def reference(
     precise = torch.promote_types(qkv.dtype, torch.float32)
 
     # autocast would take the logits back to half precision
-    with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = _partition(_roll(qkv, shift, -1), used)  # (B*nW, nH, N, d) each
+    with _no_autocast(qkv.device.type):
+        q, k, v = _partition(roll(qkv, shift, -1), used)  # (B*nW, nH, N, d) each
         logits = (q.to(precise) * width**-0.5) @ k.to(precise).transpose(-2, -1)  # (B*nW, nH, N, N)
         rows = bias_rows(window, used, bias_index, qkv.device)
         logits += bias_table[rows].permute(2, 0, 1).to(precise)
@@ -45,62 +51,21 @@ def reference(
             regions = shift_mask((grid[0], grid[1], grid[2]), used, mask_shift, qkv.device, precise)
             logits.view(batch, len(regions), *logits.shape[1:]).add_(regions[:, None])
         out = logits.softmax(dim=-1).to(v.dtype) @ v  # (B*nW, nH, N, d)
-    return _roll(_reverse(out, batch, grid, used), shift, 1)
+    return roll(_reverse(out, batch, grid, used), shift, 1)
 
 
-def used_window(grid: Triple, window: Triple) -> Triple:
-    """The window after clipping: an axis that is not longer than the window is one window (SPEC 1.4, step 2)."""
-    return (min(grid[0], window[0]), min(grid[1], window[1]), min(grid[2], window[2]))
-
-
-@lru_cache(maxsize=64)
-def bias_rows(window: Triple, used: Triple, bias_index: BiasIndex, device: torch.device) -> Tensor:
-    """The row of the bias table for every (query, key) of a window: (N, N) int64.
-
-    The table belongs to the nominal `window`. "true" looks up the offset between the two tokens; "official" takes the
-    first N rows and columns of the nominal window's matrix, which is another offset once height or width is clipped
-    (SPEC X2).
-    """
-    with torch.inference_mode(False):  # a tensor made in inference mode could not serve training later
-        axes = used if bias_index == "true" else window
-        places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in axes)).view(-1, 3)
-        offset = places[:, None] - places[None, :] + torch.tensor(window, device=device) - 1  # (N, N, 3)
-        rows = (offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]) * (2 * window[2] - 1) + offset[..., 2]
-        return rows[: prod(used), : prod(used)].contiguous()
-
-
-@lru_cache(maxsize=64)
-def shift_mask(grid: Triple, used: Triple, shift: Triple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """0 where two tokens of a window were neighbours before the roll, else -100: (nW, N, N). The grid is padded."""
-    with torch.inference_mode(False):
-        labels = torch.zeros(1, *grid, 1, dtype=torch.long, device=device)
-        for axis, (length, size, step) in enumerate(zip(grid, used, shift)):
-            along = torch.arange(length, device=device)
-            label = (along >= length - size).long() + (along >= length - step).long() if step else 0 * along
-            labels += label.view([-1 if axis == a - 1 else 1 for a in range(5)]) * 3**axis
-        label = _windows(labels, used).reshape(-1, prod(used))  # (nW, N)
-        return torch.where(label[:, :, None] == label[:, None, :], 0.0, SEPARATED).to(dtype)
-
-
-def _roll(x: Tensor, shift: Triple, sign: int) -> Tensor:
-    """Roll axes 1, 2, 3 by sign * shift; no copy when nothing moves."""
-    axes = [axis for axis in range(3) if shift[axis]]
-    return x.roll([sign * shift[axis] for axis in axes], [axis + 1 for axis in axes]) if axes else x
-
-
-def _windows(x: Tensor, used: Triple) -> Tensor:
-    """(B, t, h, w, ...) -> (B, t/wt, h/wh, w/ww, wt, wh, ww, ...), a view."""
-    batch, t, h, w, *rest = x.shape
-    split = x.view(batch, t // used[0], used[0], h // used[1], used[1], w // used[2], used[2], *rest)
-    return split.permute(0, 1, 3, 5, 2, 4, 6, *range(7, split.ndim))
+def _no_autocast(device: str):
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _partition(qkv: Tensor, used: Triple) -> tuple[Tensor, Tensor, Tensor]:
     """(B, t, h, w, 3, nH, d) -> q, k, v, each (B*nW, nH, N, d); windows and tokens in (t, h, w) order."""
-    windows = _windows(qkv, used)
-    count, tokens = prod(windows.shape[:4]), prod(used)
+    split = windows(qkv, used)
+    count, tokens = prod(split.shape[:4]), prod(used)
     order = (7, 0, 1, 2, 3, 8, 4, 5, 6, 9)  # 3, B, windows, nH, tokens, d
-    q, k, v = windows.permute(order).reshape(3, count, qkv.shape[-2], tokens, qkv.shape[-1])
+    q, k, v = split.permute(order).reshape(3, count, qkv.shape[-2], tokens, qkv.shape[-1])
     return q, k, v
 
 
@@ -112,6 +77,120 @@ def _reverse(out: Tensor, batch: int, grid: list[int], used: Triple) -> Tensor:
     return split.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, *grid, heads, width)
 
 
+# 2. The Triton kernels: window_tiles.py and window_single.py. 3. Autograd: allocate, launch, save.
+def _plan(qkv: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex) -> tuple[bool, Plan]:
+    """Whether one tile holds a window, and the layer's plan."""
+    grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
+    tile, tokens = window_tiles.tile_size(qkv.dtype), prod(used_window(grid, window))
+    single = tokens <= tile
+    if single:
+        tile = max(16, 1 << (tokens - 1).bit_length())
+    wide = window_tiles.is_wide(qkv.dtype)
+    return single, plan(grid, window, shift, mask_shift, bias_index, tile, not single, wide, qkv.device)
+
+
+def _forward(
+    qkv: Tensor, bias_table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and what the backward needs beside it."""
+    single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
+    qkv = _even(qkv)
+    if single:
+        out, lse = window_single.forward(qkv, bias_table, layer)
+        return out, lse, torch.empty(0, dtype=torch.int32, device=qkv.device)
+    return window_tiles.forward(qkv, bias_table, layer)
+
+
+def _backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor,
+    window: Triple,
+    shift: Triple,
+    mask_shift: Triple,
+    bias_index: BiasIndex,
+    table_too: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and of the table."""
+    single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
+    qkv, grad = _even(qkv), grad.contiguous()
+    if single:
+        return window_single.backward(grad, qkv, bias_table, out, lse, layer, table_too)
+    return window_tiles.backward(grad, qkv, bias_table, out, lse, seen, layer, table_too)
+
+
+def _even(qkv: Tensor) -> Tensor:
+    """qkv itself if its tokens lie evenly spaced and its last dimension is contiguous; else a copy that does."""
+    return qkv if qkv.stride(-1) == 1 and window_tiles.token_stride(qkv) is not None else qkv.contiguous()
+
+
+@torch.library.custom_op("bevt_kernels::window_attention", mutates_args=())
+def _fused(
+    qkv: Tensor, bias_table: Tensor, window: list[int], shift: list[int], mask_shift: list[int], bias_index: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(qkv, bias_table, *_typed(window, shift, mask_shift, bias_index))
+
+
+@torch.library.custom_op("bevt_kernels::window_attention_backward", mutates_args=())
+def _fused_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor,
+    window: list[int],
+    shift: list[int],
+    mask_shift: list[int],
+    bias_index: str,
+    table_too: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry = _typed(window, shift, mask_shift, bias_index)
+    return _backward(grad, qkv, bias_table, out, lse, seen, *geometry, table_too)
+
+
+@_fused.register_fake
+def _(qkv, bias_table, window, shift, mask_shift, bias_index):
+    batch, *grid, _, heads, width = qkv.shape
+    tokens = prod(min(length, size) for length, size in zip(grid, window))
+    tile = window_tiles.tile_size(qkv.dtype)
+    single = tokens <= tile
+    slots = max(16, 1 << (tokens - 1).bit_length()) if single else -(-tokens // tile) * tile
+    count = batch * (prod(grid) // tokens)
+    out = qkv.new_empty(batch, *grid, heads, width)
+    lse = qkv.new_empty(count, heads, slots, dtype=torch.float32)
+    shape = (0,) if single else (count, heads, slots // tile)
+    return out, lse, qkv.new_empty(shape, dtype=torch.int32)
+
+
+@_fused_backward.register_fake
+def _(grad, qkv, bias_table, *_):
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], *output)
+    ctx.geometry = inputs[2:]
+
+
+def _differentiate(ctx, grad, *_):
+    table_too = ctx.needs_input_grad[1]
+    dqkv, dtable = _fused_backward(grad, *ctx.saved_tensors, *ctx.geometry, table_too)
+    return dqkv, dtable if table_too else None, None, None, None, None
+
+
+_fused.register_autograd(_differentiate, setup_context=_save)
+
+
+def _typed(window, shift, mask_shift, bias_index) -> tuple[Triple, Triple, Triple, BiasIndex]:
+    """What went through the dispatcher as lists."""
+    return tuple(window), tuple(shift), tuple(mask_shift), bias_index  # pyright: ignore[reportReturnType]
+
+
+# 4. The public function.
 def window_attention(
     qkv: Tensor,
     bias_table: Tensor,
@@ -123,8 +202,9 @@ def window_attention(
     """Attend within (shifted) windows.
 
     Args:
-        qkv: (B, t, h, w, 3, nH, d). On an axis that is longer than the window, a multiple of it (callers pad).
-        bias_table: ((2wt-1)(2wh-1)(2ww-1), nH), for the nominal window.
+        qkv: (B, t, h, w, 3, nH, d). On an axis that is longer than the window, a multiple of it (callers pad). Any
+            strides; tokens that do not lie evenly spaced, or a last dimension that is not contiguous, cost a copy.
+        bias_table: ((2wt-1)(2wh-1)(2ww-1), nH), for the nominal window; any floating dtype.
         window: the nominal window. An axis that is not longer is one window, and its shift must be 0 unless the
             official image path wants otherwise.
         shift: how far the windows are rolled; the pairs that only the roll brought together get -100.
@@ -132,17 +212,142 @@ def window_attention(
         bias_index: "true" offsets, or the "official" rows of a clipped window (SPEC X2).
     Returns:
         (B, t, h, w, nH, d) in the dtype of qkv. Logits and softmax are float32 (float64 for float64 inputs).
+        Deterministic: two runs give equal bits, gradients included.
     Raises:
-        ValueError: a grid that is not a multiple of the window, or a table that belongs to another window.
+        ValueError: arguments that do not belong together, in one sentence with their names and numbers.
     """
+    mask_shift = shift if mask_shift is None else mask_shift
+    _check(qkv, bias_table, window, shift, mask_shift, bias_index)
+    if runtime.fused("window_attention", qkv.device, _refusal(qkv, bias_table, window)):
+        return _fused(qkv, bias_table, list(window), list(shift), list(mask_shift), bias_index)[0]
+    return reference(qkv, bias_table, window, shift, mask_shift, bias_index)
+
+
+def _check(
+    qkv: Tensor, bias_table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
+) -> None:
+    """Refuse what cannot mean anything."""
+    if qkv.ndim != 7 or qkv.shape[4] != 3:
+        _refuse(f"qkv is {tuple(qkv.shape)}, expected (B, t, h, w, 3, nH, d)")
+    for name, triple, least in (("window", window, 1), ("shift", shift, 0), ("mask_shift", mask_shift, 0)):
+        if len(triple) != 3 or min(triple) < least:
+            _refuse(f"{name} is {tuple(triple)}, expected three whole numbers of at least {least}")
+    if bias_index not in ("true", "official"):
+        _refuse(f"bias_index is {bias_index!r}, expected 'true' or 'official'")
     grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
+    if min(grid) < 1 or qkv.shape[5] < 1 or qkv.shape[6] < 1:
+        _refuse(f"qkv is {tuple(qkv.shape)}; only the batch may be empty")
     used = used_window(grid, window)
     if any(length % size for length, size in zip(grid, used)):
-        raise ValueError(f"window_attention: the grid {grid} is not a multiple of the window {window}; pad it first")
+        _refuse(f"the grid {grid} is not a multiple of the window {tuple(window)}; pad it first")
+    for name, triple in (("shift", shift), ("mask_shift", mask_shift)):
+        if any(step >= size for step, size in zip(triple, used)):
+            _refuse(f"{name} is {tuple(triple)}, which must be less than the window {used} on every axis")
     rows = prod(2 * size - 1 for size in window)
     if bias_table.shape != (rows, qkv.shape[5]):
-        raise ValueError(
-            f"window_attention: the bias table is {tuple(bias_table.shape)} but the window {window} "
-            f"with {qkv.shape[5]} heads needs {(rows, qkv.shape[5])}"
+        _refuse(
+            f"the bias table is {tuple(bias_table.shape)} but the window {tuple(window)} with {qkv.shape[5]} heads "
+            f"needs {(rows, qkv.shape[5])}"
         )
-    return reference(qkv, bias_table, window, shift, mask_shift, bias_index)
+    if not qkv.dtype.is_floating_point or not bias_table.dtype.is_floating_point:
+        _refuse(f"qkv is {qkv.dtype} and the bias table {bias_table.dtype}; both must be floating point")
+    if qkv.device != bias_table.device:
+        _refuse(f"qkv is on {qkv.device} but the bias table is on {bias_table.device}")
+
+
+def _refuse(sentence: str) -> None:
+    raise ValueError(f"window_attention: {sentence}")
+
+
+def _refusal(qkv: Tensor, bias_table: Tensor, window: Triple) -> str | None:
+    """Why the kernels cannot take this; None if they can."""
+    if qkv.dtype not in DTYPES or bias_table.dtype not in DTYPES:
+        return f"the kernels compute in float32, float16 and bfloat16, not {qkv.dtype} with a {bias_table.dtype} table"
+    if qkv.shape[6] > WIDEST_HEAD:
+        return f"the kernels take heads of at most {WIDEST_HEAD} channels, not {qkv.shape[6]}"
+    tokens = prod(used_window((qkv.shape[1], qkv.shape[2], qkv.shape[3]), window))
+    if tokens > LARGEST_WINDOW:
+        return f"the kernels take windows of at most {LARGEST_WINDOW:,} tokens, not {tokens:,}"
+    return None
+
+
+# 5. Where it is meant to run.
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layer. `stage` and `stream` say where Swin-B meets it; `small` is fit for the interpreter."""
+
+    batch: int
+    grid: Triple
+    window: Triple
+    heads: int
+    shift: Triple = (0, 0, 0)
+    mask_shift: Triple | None = None
+    head_dim: int = 32
+    bias_index: BiasIndex = "true"
+    stream: str = ""
+    stage: int = 0
+    small: bool = False
+
+    def __str__(self) -> str:
+        used = used_window(self.grid, self.window)
+        where = f"{self.stream} stage {self.stage}, " if self.stream else ""
+        shifted = f", shift {'x'.join(map(str, self.shift))}" if any(self.shift) else ""
+        masked = f", mask {'x'.join(map(str, self.mask_shift))}" if self.mask_shift is not None else ""
+        grid, size = "x".join(map(str, self.grid)), "x".join(map(str, used))
+        index = ", official index" if self.bias_index == "official" else ""
+        heads = f"{self.heads} heads of {self.head_dim}"
+        return f"{where}{self.batch} x {grid}, window {size}, {heads}{shifted}{masked}{index}"
+
+
+def _swin_b() -> list[Case]:
+    """Every attention of Swin-B at the paper's micro-batch (8 clips and 64 images a GPU), and 32-frame clips."""
+    cases = []
+    streams = (("clip", 8, 8, (8, 7, 7)), ("image", 64, 1, (8, 7, 7)), ("long clip", 4, 16, (16, 7, 7)))
+    for stream, batch, steps, window in streams:
+        for stage, (side, heads) in enumerate(zip((56, 28, 14, 7), (4, 8, 16, 32)), start=1):
+            grid = (steps, side, side)
+            shifts = [(0, 0, 0), (0, 3, 3)] if side > 7 else [(0, 0, 0)]
+            for shift in shifts:
+                cases.append(
+                    Case(batch=batch, grid=grid, window=window, heads=heads, shift=shift, stream=stream, stage=stage)
+                )
+    # the official image path masks unshifted blocks too, and shifts in the last stage (SPEC X3)
+    for shift, side, heads, stage in (((0, 0, 0), 56, 4, 1), ((0, 3, 3), 7, 32, 4)):
+        cases.append(
+            Case(batch=64, grid=(1, side, side), window=(8, 7, 7), heads=heads, shift=shift, mask_shift=(0, 3, 3),
+                 bias_index="official", stream="official image", stage=stage)
+        )  # fmt: skip
+    return cases
+
+
+CASES = [
+    *_swin_b(),
+    Case(batch=8, grid=(2, 56, 56), window=(2, 7, 7), heads=4, shift=(1, 3, 3)),  # N = 98
+    Case(batch=4, grid=(14, 56, 56), window=(7, 7, 7), heads=3, shift=(3, 3, 3), head_dim=16),  # MONAI's Swin UNETR
+    Case(batch=8, grid=(8, 28, 28), window=(8, 7, 7), heads=4, shift=(4, 3, 3), head_dim=64),
+    Case(batch=1, grid=(1, 7, 7), window=(8, 7, 7), heads=1, small=True),
+    Case(batch=2, grid=(1, 14, 14), window=(8, 7, 7), heads=2, shift=(0, 3, 3), small=True),
+    Case(batch=1, grid=(1, 7, 7), window=(8, 7, 7), heads=1, shift=(0, 3, 3), bias_index="official", small=True),
+    Case(batch=2, grid=(2, 3, 4), window=(2, 3, 2), heads=2, shift=(0, 0, 1), head_dim=24, small=True),
+    Case(batch=1, grid=(4, 7, 7), window=(2, 7, 7), heads=1, shift=(1, 0, 0), mask_shift=(0, 3, 0), small=True),
+    Case(batch=1, grid=(8, 7, 14), window=(8, 7, 7), heads=1, shift=(0, 0, 3), small=True),
+    Case(batch=1, grid=(3, 5, 14), window=(3, 5, 7), heads=1, shift=(0, 0, 2), head_dim=64, small=True),
+]
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator | None = None):
+    """The arguments of `window_attention`: queries and keys of unit variance, biases of a trained table's size."""
+    rows = prod(2 * size - 1 for size in case.window)
+    qkv = torch.randn(case.batch, *case.grid, 3, case.heads, case.head_dim, device=device, generator=generator)
+    table = torch.randn(rows, case.heads, device=device, generator=generator)
+    leaves = (qkv.to(dtype).requires_grad_(), table.to(dtype).requires_grad_())
+    return *leaves, case.window, case.shift, case.mask_shift, case.bias_index
+
+
+def rehearse(case: Case, dtype: torch.dtype) -> None:
+    """The host side of forward and backward on meta tensors, for `runtime.recording`."""
+    qkv, table, window, shift, mask_shift, bias_index = inputs(case, dtype, "meta")
+    geometry = (window, shift, shift if mask_shift is None else mask_shift, bias_index)
+    with torch.no_grad():
+        out, lse, seen = _forward(qkv, table, *geometry)
+        _backward(torch.empty_like(out), qkv, table, out, lse, seen, *geometry, True)

@@ -1,0 +1,683 @@
+"""Window attention by tiles of scores: windows of any size, forward and backward.
+
+A program owns one strip of `tile` queries (or keys) of one head of one window and walks along the other side. Its
+addresses come from a table of token numbers, which holds roll and partition; the bias of the pair of tiles is a vector
+load that becomes the accumulator of q k^T (see relative_bias.py), so the loop holds no compare and no index arithmetic.
+
+Numbers: scores s = (q.k + bias * width**0.5) * c with c = width**-0.5 * log2(e), p = 2**(s - m). Log-sum-exps are in
+base 2. With dP = dO v^T and delta = rowsum(dO * O): dS = p * (dP - delta), dQ = width**-0.5 dS k,
+dK = width**-0.5 dS^T q, dBias = dS. dS is computed three times (for dK and dV, for dQ, for dBias) rather than stored or
+added atomically.
+
+Keys of another region are 100 lower. Tiles that hold nothing else come last; when the running maxima of the strip show
+that all their weights are below 2**-40 (`NEGLIGIBLE`: then a whole window of them is below a float32 rounding) they are
+skipped; the forward notes in `seen` whether one was not, and the backward reads it.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
+from math import e, log2, prod
+
+import torch
+from torch import Tensor
+
+from . import window_geometry as geometry
+from .relative_bias import bias_tiles, table_gradient
+from .runtime import Inner, capability, launch, tl, triton
+from .window_geometry import Plan
+
+NEGLIGIBLE = -40.0
+# windows that run side by side before the next strip: three programs on each of an H100's 132 multiprocessors
+GROUP = 396
+PROGRAMS = 1600  # what the bias gradient spreads its windows over: a few waves
+
+
+@triton.jit
+def _fragment(ptr, masked, separated, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
+    """A (ROWS, COLS) bias tile, stored in the order of `window_geometry._strips`, as float32."""
+    x = tl.load(ptr + tl.arange(0, ROWS * COLS))
+    if WIDE:
+        y = tl.reshape(x, (COLS // 8, ROWS // 16, 8, 4, 2, 2))
+        y = tl.permute(y, (1, 4, 2, 0, 3, 5))
+    else:
+        y = x.to(tl.float16, bitcast=True).to(tl.float32)
+        if MASKED:
+            if masked:
+                y = tl.where((x & 1) != 0, y + separated, y)
+        y = tl.reshape(y, (COLS // 16, ROWS // 16, 8, 4, 2, 2, 2))
+        y = tl.permute(y, (1, 5, 2, 0, 4, 3, 6))
+    return tl.reshape(y, (ROWS, COLS))
+
+
+@triton.jit
+def _load(ptr, rows, D: tl.constexpr, DP: tl.constexpr):
+    """(len(rows), DP) from row offsets in elements; columns beyond D are 0."""
+    offs_d = tl.arange(0, DP)
+    if D == DP:
+        return tl.load(ptr + rows[:, None] + offs_d[None, :])
+    return tl.load(ptr + rows[:, None] + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_t(ptr, rows, D: tl.constexpr, DP: tl.constexpr):
+    """The transpose of `_load`: (DP, len(rows))."""
+    offs_d = tl.arange(0, DP)
+    if D == DP:
+        return tl.load(ptr + rows[None, :] + offs_d[:, None])
+    return tl.load(ptr + rows[None, :] + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def _store(ptr, rows, value, exists, D: tl.constexpr, DP: tl.constexpr):
+    offs_d = tl.arange(0, DP)
+    mask = exists[:, None] & (offs_d < D)[None, :]
+    tl.store(ptr + rows[:, None] + offs_d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _place(pid, GROUP, strips, nH):
+    """Program number -> (window, strip, head): windows run fastest inside a group, so neighbours share a bias strip."""
+    per = GROUP * strips * nH
+    rest = pid % per
+    return (pid // per) * GROUP + rest % GROUP, rest // GROUP % strips, rest // GROUP // strips
+
+
+@triton.jit
+def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """First and end of the whole blocks that a strip can see; what remains after FULL blocks is always walked."""
+    first = tl.load(span_ptr + (kind * strips + strip) * 2)
+    end = tl.load(span_ptr + (kind * strips + strip) * 2 + 1)
+    end = tl.minimum((end + BLOCK - 1) // BLOCK, FULL)
+    return tl.minimum(first // BLOCK, end), end
+
+
+@triton.jit
+def _attend(q, kt, v, bias, m, total, acc, c):
+    """One step of the running softmax."""
+    x = tl.dot(q, kt, bias, input_precision="ieee")
+    return _weigh(x, v, m, total, acc, c)
+
+
+@triton.jit
+def _weigh(x, v, m, total, acc, c):
+    m_new = tl.maximum(m, tl.max(x, 1) * c)
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(x * c - m_new[:, None])
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, total * alpha + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _forward(
+    qkv_ptr,  # (B, S, 3, nH, D) by strides
+    token_ptr,  # (nW, RS) int32
+    kind_ptr,  # (nW,) int32
+    span_ptr,  # (kinds, RS/TILE, 2) int32
+    bias_ptr,  # (kinds, nH, RS/TILE, TILE*RS)
+    out_ptr,  # (B, S, nH, D)
+    lse_ptr,  # (B*nW, nH, RS) float32, base 2; +inf where a slot is padding
+    seen_ptr,  # (B*nW, nH, RS/TILE) int32: a key of another region counts
+    c,
+    separated,
+    stride_b,
+    stride_s,
+    stride_p,
+    stride_h,
+    S,
+    nW,
+    nH,
+    total_windows,
+    group,
+    N: tl.constexpr,
+    RS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+    TAIL: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASKED_KIND: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
+):
+    STRIPS: tl.constexpr = RS // TILE
+    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)
+    if window < total_windows:
+        b = (window // nW).to(tl.int64)
+        token_ptr += window % nW * RS
+        kind = tl.load(kind_ptr + window % nW)
+        masked = kind >= MASKED_KIND
+        kind = kind % MASKED_KIND
+        qkv_ptr += b * stride_b + head.to(tl.int64) * stride_h
+        k_ptr = qkv_ptr + stride_p
+        v_ptr = k_ptr + stride_p
+        bias_ptr += ((kind * nH + head) * STRIPS + strip).to(tl.int64) * (TILE * RS)
+
+        offs = strip * TILE + tl.arange(0, TILE)
+        token = tl.load(token_ptr + offs).to(tl.int64)
+        q = _load(qkv_ptr, token * stride_s, D, DP)
+        m = tl.full((TILE,), -float("inf"), tl.float32)
+        total = tl.zeros((TILE,), tl.float32)
+        acc = tl.zeros((TILE, DP), tl.float32)
+
+        lo, hi = 0, FULL
+        if MASKED:
+            lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
+        for j in range(lo, hi):
+            rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+            kt = _load_t(k_ptr, rows, D, DP)
+            v = _load(v_ptr, rows, D, DP)
+            bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
+            m, total, acc = _attend(q, kt, v, bias, m, total, acc, c)
+        if TAIL > 0:
+            rows = tl.load(token_ptr + FULL * BLOCK + tl.arange(0, TAIL)).to(tl.int64) * stride_s
+            kt = _load_t(k_ptr, rows, D, DP)
+            v = _load(v_ptr, rows, D, DP)
+            bias = _fragment(bias_ptr + FULL * (TILE * BLOCK), masked, separated, TILE, TAIL, WIDE, MASKED)
+            m, total, acc = _attend(q, kt, v, bias, m, total, acc, c)
+        if MASKED:
+            seen = 0
+            for i in tl.range(0, FULL - (hi - lo), num_stages=1):
+                j = tl.where(i < lo, i, i + hi - lo)
+                rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+                kt = _load_t(k_ptr, rows, D, DP)
+                bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
+                x = tl.dot(q, kt, bias, input_precision="ieee")
+                if tl.max(tl.where(offs < N, tl.max(x, 1) * c - m, -float("inf")), 0) > NEGLIGIBLE:
+                    seen = 1
+                    v = _load(v_ptr, rows, D, DP)
+                    m, total, acc = _weigh(x, v, m, total, acc, c)
+            tl.store(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip, seen)
+
+        exists = offs < N
+        _store(out_ptr + b * S * nH * D + head * D, token * (nH * D), acc / total[:, None], exists, D, DP)
+        lse = tl.where(exists, m + tl.log2(total), float("inf"))
+        tl.store(lse_ptr + (window * nH + head).to(tl.int64) * RS + offs, lse)
+
+
+@triton.jit
+def _query_step(q, do, k, v, bias, lse, delta, dq, c):
+    x = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
+    p = tl.exp2(x * c - lse[:, None])
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def _backward_queries(
+    qkv_ptr,
+    token_ptr,
+    kind_ptr,
+    span_ptr,
+    bias_ptr,
+    out_ptr,
+    grad_ptr,  # (B, S, nH, D): dO
+    lse_ptr,
+    seen_ptr,
+    delta_ptr,  # (B*nW, nH, RS) float32, written here
+    dqkv_ptr,  # (B, S, 3, nH, D): dQ is written here
+    c,
+    scale,
+    separated,
+    stride_b,
+    stride_s,
+    stride_p,
+    stride_h,
+    S,
+    nW,
+    nH,
+    total_windows,
+    group,
+    N: tl.constexpr,
+    RS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+    TAIL: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASKED_KIND: tl.constexpr,
+):
+    STRIPS: tl.constexpr = RS // TILE
+    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)
+    if window < total_windows:
+        b = (window // nW).to(tl.int64)
+        token_ptr += window % nW * RS
+        kind = tl.load(kind_ptr + window % nW)
+        masked = kind >= MASKED_KIND
+        kind = kind % MASKED_KIND
+        qkv_ptr += b * stride_b + head.to(tl.int64) * stride_h
+        k_ptr = qkv_ptr + stride_p
+        v_ptr = k_ptr + stride_p
+        bias_ptr += ((kind * nH + head) * STRIPS + strip).to(tl.int64) * (TILE * RS)
+
+        offs = strip * TILE + tl.arange(0, TILE)
+        token = tl.load(token_ptr + offs).to(tl.int64)
+        here = b * S * nH * D + head * D
+        q = _load(qkv_ptr, token * stride_s, D, DP)
+        do = _load(grad_ptr + here, token * (nH * D), D, DP)
+        o = _load(out_ptr + here, token * (nH * D), D, DP)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        row = (window * nH + head).to(tl.int64) * RS
+        tl.store(delta_ptr + row + offs, delta)
+        lse = tl.load(lse_ptr + row + offs)
+        dq = tl.zeros((TILE, DP), tl.float32)
+
+        lo, hi = 0, FULL
+        if MASKED:
+            lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
+        for j in range(lo, hi):
+            rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+            k = _load(k_ptr, rows, D, DP)
+            v = _load(v_ptr, rows, D, DP)
+            bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
+            dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+        if TAIL > 0:
+            rows = tl.load(token_ptr + FULL * BLOCK + tl.arange(0, TAIL)).to(tl.int64) * stride_s
+            k = _load(k_ptr, rows, D, DP)
+            v = _load(v_ptr, rows, D, DP)
+            bias = _fragment(bias_ptr + FULL * (TILE * BLOCK), masked, separated, TILE, TAIL, WIDE, MASKED)
+            dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+        if MASKED:
+            if tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0:
+                for i in tl.range(0, FULL - (hi - lo), num_stages=1):
+                    j = tl.where(i < lo, i, i + hi - lo)
+                    rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+                    k = _load(k_ptr, rows, D, DP)
+                    v = _load(v_ptr, rows, D, DP)
+                    bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
+                    dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+
+        out = dqkv_ptr + b * S * 3 * nH * D + head * D
+        _store(out, token * (3 * nH * D), dq * scale, offs < N, D, DP)
+
+
+@triton.jit
+def _key_step(
+    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, begin, masked, separated, stride_s, nH, c, k, v, dk, dv,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK queries from slot `begin` on; tiles are (keys, queries), so p and dS go straight into the products."""
+    offs = begin + tl.arange(0, BLOCK)
+    token = tl.load(token_ptr + offs).to(tl.int64)
+    q = _load(qkv_ptr, token * stride_s, D, DP)
+    do = _load(grad_ptr, token * (nH * D), D, DP)
+    lse = tl.load(lse_ptr + offs)
+    delta = tl.load(delta_ptr + offs)
+    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
+    x = tl.dot(k, tl.trans(q), bias, input_precision="ieee")
+    p = tl.exp2(x * c - lse[None, :])
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    return tl.dot(ds, q, dk, input_precision="ieee"), dv
+
+
+@triton.jit
+def _backward_keys(
+    qkv_ptr,
+    token_ptr,
+    kind_ptr,
+    span_ptr,
+    bias_ptr,  # transposed tiles: keys are rows
+    grad_ptr,
+    lse_ptr,
+    seen_ptr,
+    delta_ptr,
+    dqkv_ptr,  # dK and dV are written here
+    c,
+    scale,
+    separated,
+    stride_b,
+    stride_s,
+    stride_p,
+    stride_h,
+    S,
+    nW,
+    nH,
+    total_windows,
+    group,
+    N: tl.constexpr,
+    RS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+    TAIL: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASKED_KIND: tl.constexpr,
+):
+    STRIPS: tl.constexpr = RS // TILE
+    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)
+    if window < total_windows:
+        b = (window // nW).to(tl.int64)
+        token_ptr += window % nW * RS
+        kind = tl.load(kind_ptr + window % nW)
+        masked = kind >= MASKED_KIND
+        kind = kind % MASKED_KIND
+        qkv_ptr += b * stride_b + head.to(tl.int64) * stride_h
+        bias_ptr += ((kind * nH + head) * STRIPS + strip).to(tl.int64) * (TILE * RS)
+        grad_ptr += b * S * nH * D + head * D
+        lse_ptr += (window * nH + head).to(tl.int64) * RS
+        delta_ptr += (window * nH + head).to(tl.int64) * RS
+
+        offs = strip * TILE + tl.arange(0, TILE)
+        token = tl.load(token_ptr + offs).to(tl.int64)
+        k = _load(qkv_ptr + stride_p, token * stride_s, D, DP)
+        v = _load(qkv_ptr + 2 * stride_p, token * stride_s, D, DP)
+        dk = tl.zeros((TILE, DP), tl.float32)
+        dv = tl.zeros((TILE, DP), tl.float32)
+
+        lo, hi = 0, FULL
+        if MASKED:
+            lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
+        for j in range(lo, hi):
+            dk, dv = _key_step(
+                qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, nH,
+                c, k, v, dk, dv, D, DP, TILE, BLOCK, WIDE, MASKED,
+            )  # fmt: skip
+        if TAIL > 0:
+            dk, dv = _key_step(
+                qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s,
+                nH, c, k, v, dk, dv, D, DP, TILE, TAIL, WIDE, MASKED,
+            )  # fmt: skip
+        if MASKED:
+            seen_ptr += (window * nH + head).to(tl.int64) * STRIPS
+            for i in tl.range(0, FULL - (hi - lo), num_stages=1):
+                j = tl.where(i < lo, i, i + hi - lo)
+                if tl.load(seen_ptr + j * BLOCK // TILE) != 0:
+                    dk, dv = _key_step(
+                        qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, j * BLOCK, masked, separated,
+                        stride_s, nH, c, k, v, dk, dv, D, DP, TILE, BLOCK, WIDE, MASKED,
+                    )  # fmt: skip
+
+        out = dqkv_ptr + b * S * 3 * nH * D + head * D
+        _store(out + nH * D, token * (3 * nH * D), dk * scale, offs < N, D, DP)
+        _store(out + 2 * nH * D, token * (3 * nH * D), dv, offs < N, D, DP)
+
+
+@triton.jit
+def _bias_step(
+    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row, column, head, nH,
+    stride_b, stride_s, stride_p, S, c, RS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, nW,
+):  # fmt: skip
+    """The item-th window of a kind: samples run slowest."""
+    w = tl.load(listed_ptr + first + item % count)
+    b = (item // count).to(tl.int64)
+    query = tl.load(token_ptr + w * RS + row).to(tl.int64)
+    key = tl.load(token_ptr + w * RS + column).to(tl.int64)
+    q = _load(qkv_ptr + b * stride_b, query * stride_s, D, DP)
+    do = _load(grad_ptr + b * S * nH * D, query * (nH * D), D, DP)
+    kt = _load_t(qkv_ptr + b * stride_b + stride_p, key * stride_s, D, DP)
+    vt = _load_t(qkv_ptr + b * stride_b + 2 * stride_p, key * stride_s, D, DP)
+    here = ((b * nW + w) * nH + head) * RS
+    lse = tl.load(lse_ptr + here + row)
+    delta = tl.load(delta_ptr + here + row)
+    x = tl.dot(q, kt, bias, input_precision="ieee")
+    p = tl.exp2(x * c - lse[:, None])
+    dp = tl.dot(do, vt, input_precision="ieee")
+    return acc + p * (dp - delta[:, None])
+
+
+@triton.jit
+def _backward_bias(
+    qkv_ptr,
+    token_ptr,
+    kind_ptr,
+    span_ptr,
+    bias_ptr,
+    grad_ptr,
+    lse_ptr,
+    seen_ptr,
+    delta_ptr,
+    listed_ptr,  # (nW,) int32
+    groups_ptr,  # (groups, 5) int32: kind, where it starts in `listed`, its windows, first and end item
+    partial_ptr,  # (groups, nH, RS/TILE, RS/TILE, TILE, TILE) float32
+    c,
+    separated,
+    stride_b,
+    stride_s,
+    stride_p,
+    stride_h,
+    S,
+    nW,
+    nH,
+    RS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASKED_KIND: tl.constexpr,
+):
+    """One pair of tiles of one head, over a group of windows of one kind: bias and its gradient stay in registers."""
+    STRIPS: tl.constexpr = RS // TILE
+    pid = tl.program_id(0)
+    columns = pid % STRIPS
+    strip = pid // STRIPS % STRIPS
+    head = pid // (STRIPS * STRIPS) % nH
+    group = pid // (STRIPS * STRIPS * nH)
+    groups_ptr += group * 5
+    kind = tl.load(groups_ptr)
+    first = tl.load(groups_ptr + 1)
+    count = tl.load(groups_ptr + 2)
+    begin = tl.load(groups_ptr + 3)
+    end = tl.load(groups_ptr + 4)
+    masked = tl.load(kind_ptr + tl.load(listed_ptr + first)) >= MASKED_KIND
+
+    row = strip * TILE + tl.arange(0, TILE)
+    column = columns * TILE + tl.arange(0, TILE)
+    qkv_ptr += head.to(tl.int64) * stride_h
+    grad_ptr += head * D
+    tile_ptr = bias_ptr + ((kind * nH + head) * STRIPS + strip).to(tl.int64) * (TILE * RS) + columns * (TILE * TILE)
+    bias = _fragment(tile_ptr, masked, separated, TILE, TILE, WIDE, MASKED)
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    middle = end
+    if MASKED:
+        lo, hi = _visible(span_ptr, kind, strip, STRIPS, TILE, STRIPS)
+        middle = tl.where((columns >= lo) & (columns < hi), end, begin)
+    for item in range(begin, middle):
+        acc = _bias_step(
+            qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row, column,
+            head, nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
+        )  # fmt: skip
+    if MASKED:
+        for item in tl.range(middle, end, num_stages=1):
+            w = tl.load(listed_ptr + first + item % count)
+            place = ((item // count * nW + w).to(tl.int64) * nH + head) * STRIPS + strip
+            if tl.load(seen_ptr + place) != 0:
+                acc = _bias_step(
+                    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row,
+                    column, head, nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
+                )  # fmt: skip
+    partial_ptr += (((group * nH + head) * STRIPS + strip) * STRIPS + columns).to(tl.int64) * (TILE * TILE)
+    tl.store(partial_ptr + tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :], acc)
+
+
+def tile_size(dtype: torch.dtype) -> int:
+    """Slots in a strip: a tensor-core product of a warp group has 64 rows; float32 has no tensor cores to feed."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, t, h, w, nH, d), the log-sum-exps (B*nW, nH, RS) and `seen` (B*nW, nH, RS/tile)."""
+    batch, *grid, _, heads, width = qkv.shape
+    windows = batch * len(plan.token)
+    out = torch.empty(batch, *grid, heads, width, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
+    seen = torch.empty(windows, heads, plan.slots // plan.tile, dtype=torch.int32, device=qkv.device)
+    wide = is_wide(qkv.dtype)
+    blocks = _blocks(qkv, plan, 2 * plan.tile if width <= 32 else plan.tile)
+    launch(
+        _forward,
+        _grid(plan, windows, heads),
+        qkv,
+        plan.token,
+        plan.kind,
+        plan.span,
+        bias_tiles(table, plan, width, wide),
+        out,
+        lse,
+        seen,
+        scales(width)[0],
+        scales(width)[2],
+        *strides(qkv),
+        prod(grid),
+        len(plan.token),
+        heads,
+        windows,
+        min(GROUP, max(windows, 1)),
+        **_shape(plan, width, wide, blocks),
+        NEGLIGIBLE=NEGLIGIBLE,
+        num_warps=4,
+        num_stages=stages(qkv, {80: 2, 90: 2}),
+        inner=_inner(plan, width, blocks, 4 * width),
+    )
+    return out, lse, seen
+
+
+def backward(
+    grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, seen: Tensor, plan: Plan, table_too: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv (contiguous) and of the table (zero if not `table_too`)."""
+    batch, *grid, _, heads, width = qkv.shape
+    windows = batch * len(plan.token)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    delta = torch.empty_like(lse)
+    wide = is_wide(qkv.dtype)
+    tiles = bias_tiles(table, plan, width, wide)
+    c, scale, separated = scales(width)
+    place = (prod(grid), len(plan.token), heads)
+    geometry_ = (plan.token, plan.kind, plan.span)
+    order = (windows, min(GROUP, max(windows, 1)))
+    blocks = _blocks(qkv, plan, plan.tile)
+    launch(
+        _backward_queries,
+        _grid(plan, windows, heads),
+        qkv, *geometry_, tiles, out, grad, lse, seen, delta, dqkv, c, scale, separated, *strides(qkv), *place, *order,
+        **_shape(plan, width, wide, blocks),
+        num_warps=4,
+        num_stages=stages(qkv, {90: 2}),
+        inner=_inner(plan, width, blocks, 6 * width),
+    )  # fmt: skip
+    launch(
+        _backward_keys,
+        _grid(plan, windows, heads),
+        qkv, *geometry_, bias_tiles(table, plan, width, wide, transposed=True), grad, lse, seen, delta, dqkv,
+        c, scale, separated, *strides(qkv), *place, *order,
+        **_shape(plan, width, wide, blocks),
+        num_warps=4,
+        num_stages=stages(qkv, {90: 2}),
+        inner=_inner(plan, width, blocks, 8 * width),
+    )  # fmt: skip
+    if not table_too:
+        return dqkv, torch.zeros_like(table)
+    strips = plan.slots // plan.tile
+    groups, first = _groups(plan.first, batch, strips * strips * heads, qkv.device)
+    partial = torch.empty(
+        len(groups), heads, strips, strips, plan.tile, plan.tile, dtype=torch.float32, device=qkv.device
+    )
+    launch(
+        _backward_bias,
+        (strips * strips * heads * len(groups),),
+        qkv, *geometry_, tiles, grad, lse, seen, delta, plan.listed, groups, partial,
+        c, separated, *strides(qkv), *place,
+        RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=wide, MASKED=plan.masked,
+        MASKED_KIND=geometry.MASKED_KIND,
+        num_warps=4,
+        num_stages=stages(qkv, {80: 2, 90: 2}),
+        inner=Inner(plan.tile**2, 4 * width, plan.slots**2 / plan.tokens_per_window**2),
+    )  # fmt: skip
+    return dqkv, table_gradient(partial, first, plan, table)
+
+
+@lru_cache(maxsize=128)
+def _groups(first: tuple[int, ...], batch: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The windows of a batch in groups of one kind: (groups, 5) and (kinds + 1,), as `_backward_bias` reads them."""
+    items = [(end - begin) * batch for begin, end in pairwise(first)]
+    size = max(1, -(-sum(items) * programs // PROGRAMS))
+    rows, starts = [], [0]
+    for kind, count in enumerate(items):
+        windows = first[kind + 1] - first[kind]
+        rows += [(kind, first[kind], windows, i, min(i + size, count)) for i in range(0, count, size)]
+        starts.append(len(rows))
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(x, dtype=torch.int32, device="cpu").to(device) for x in (rows, starts))
+
+
+def _blocks(qkv: Tensor, plan: Plan, block: int) -> tuple[int, int, int]:
+    """(BLOCK, FULL, TAIL): whole blocks and a last one of 16, 32, ... slots that cover a window's tokens."""
+    for size in (block, plan.tile):
+        full, rest = divmod(plan.tokens_per_window, size)
+        tail = max(16, triton.next_power_of_2(rest)) if rest else 0
+        if tail >= size:
+            full, tail = full + 1, 0
+        if size == plan.tile or full * size + tail <= 1.1 * -(-plan.tokens_per_window // 16) * 16:
+            return size, full, tail
+    raise AssertionError("the second size is the tile")
+
+
+def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:
+    """Pipeline stages by capability; 1 where the table says nothing.
+
+    From compile_check's counts (README.md, "what was tried"): with more, sm_100 takes the bias through shared memory,
+    and sm_80 reads a tile that is used both plain and transposed element by element.
+    """
+    return 1 if qkv.dtype == torch.float32 else by_capability.get(capability(qkv.device), 1)
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether the bias tiles are float32. A float16 bias is finer than the roundings of bfloat16, not than its own."""
+    return dtype != torch.bfloat16
+
+
+def padded_width(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def scales(width: int) -> tuple[float, float, float]:
+    """c, width**-0.5, and -100 as the accumulator holds it."""
+    return width**-0.5 * log2(e), width**-0.5, geometry.SEPARATED * width**0.5
+
+
+def strides(qkv: Tensor) -> tuple[int, int, int, int]:
+    """Of a sample, a token, q/k/v, a head."""
+    return qkv.stride(0), token_stride(qkv) or 0, qkv.stride(4), qkv.stride(5)
+
+
+def token_stride(qkv: Tensor) -> int | None:
+    """What lies between two neighbouring tokens of a sample, (t, h, w) order; None if that is not one number."""
+    stride, tokens = None, 1
+    for axis in (3, 2, 1):
+        if qkv.shape[axis] > 1:
+            if stride is None:
+                stride = qkv.stride(axis)
+            elif qkv.stride(axis) != stride * tokens:
+                return None
+            tokens *= qkv.shape[axis]
+    return stride or 0
+
+
+def _grid(plan: Plan, windows: int, heads: int) -> tuple[int]:
+    group = min(GROUP, max(windows, 1))
+    return (triton.cdiv(windows, group) * group * (plan.slots // plan.tile) * heads,)
+
+
+def _shape(plan: Plan, width: int, wide: bool, blocks: tuple[int, int, int]) -> dict[str, int | bool]:
+    return {
+        "N": plan.tokens_per_window, "RS": plan.slots, "D": width, "DP": padded_width(width), "TILE": plan.tile,
+        "BLOCK": blocks[0], "FULL": blocks[1], "TAIL": blocks[2], "WIDE": wide, "MASKED": plan.masked,
+        "MASKED_KIND": geometry.MASKED_KIND,
+    }  # fmt: skip
+
+
+def _inner(plan: Plan, width: int, blocks: tuple[int, int, int], flops: float) -> Inner:
+    walked = plan.slots * (blocks[0] * blocks[1] + blocks[2])
+    return Inner(plan.tile * blocks[0], flops, walked / plan.tokens_per_window**2)
