@@ -71,8 +71,8 @@ def _hold_to_the_law(qkv, table, truth=reference, upstream=None, **options):
     return fused
 
 
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
+def _name(value):
+    return str(value).removeprefix("torch.")
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -93,22 +93,30 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("tokens", WINDOWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+SLOW = {112: HALVES[:1], 245: HALVES[1:], 392: HALVES[:1], 784: HALVES[1:]}  # seconds each in the interpreter
+SIZES = [(n, x) for n in WINDOWS for x in (SLOW.get(n, DTYPES) if DEVICE == "cpu" else DTYPES)]
+
+
+@pytest.mark.parametrize("tokens, dtype", SIZES, ids=_name)
 def test_windows_of_any_size(tokens, dtype):
-    if tokens > 300 and dtype is not torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("seconds in the interpreter; the tiles are those of 245 tokens")
     grid, window = WINDOWS[tokens]
     assert prod(window) == tokens
-    heads = 2 if tokens < 100 else 1
-    _hold_to_the_law(*_problem(grid, window, heads, 32 if tokens < 700 else 16, dtype), window=window)
+    qkv, table = _problem(grid, window, 2 if tokens < 50 else 1, 32 if tokens < 700 else 16, dtype)
+    if tokens == 784 and DEVICE == "cpu":
+        table.requires_grad_(False)
+    _hold_to_the_law(qkv, table, window=window)
 
 
-@pytest.mark.parametrize("grid, window", [((1, 7, 7), (1, 7, 7)), ((2, 7, 7), (2, 7, 7))], ids=["N49", "N98"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
-@pytest.mark.parametrize("width", [8, 16, 24, 64])
-def test_heads_of_any_width(grid, window, width, dtype):
-    qkv, table = _problem(grid, window, 2, width, dtype)
+WIDTHS = [(49, width, dtype) for width in (8, 16, 24, 64) for dtype in (torch.float32, torch.bfloat16)]
+WIDTHS += [(98, 24, torch.bfloat16), (98, 64, torch.float32)]
+
+
+@pytest.mark.parametrize(
+    "tokens, width, dtype", WIDTHS, ids=lambda value: value if isinstance(value, int) else _name(value)
+)
+def test_heads_of_any_width(tokens, width, dtype):
+    window = WINDOWS[tokens][1]
+    qkv, table = _problem(window, window, 2, width, dtype)
     if width not in (16, 32, 64):
         # padded, or refused with a sentence that names the width
         runtime._warned.clear()
@@ -124,7 +132,7 @@ def test_heads_of_any_width(grid, window, width, dtype):
 
 def test_many_samples_windows_and_heads():
     """More of each than a program takes at once, and numbers that divide by nothing."""
-    qkv, table = _problem((3, 4, 6), (1, 2, 2), heads=3, width=16, dtype=torch.bfloat16, batch=5)
+    qkv, table = _problem((1, 4, 6), (1, 2, 2), heads=3, width=16, dtype=torch.bfloat16, batch=5)
     _hold_to_the_law(qkv, table, window=(1, 2, 2), shift=(0, 1, 1))
 
 
@@ -149,6 +157,10 @@ GEOMETRIES = {
     "all-clipped-official": dict(grid=(2, 2, 2), window=(4, 3, 3), bias_index="official"),
 }
 
+# geometry is float32's to show; half precision takes its constants and masks through other code
+PAIRS = [(name, torch.float32) for name in GEOMETRIES]
+PAIRS += [(name, torch.bfloat16) for name in ("three-axes", "mask-unlike-roll", "all-clipped-official")]
+
 
 @functools.cache
 def _pairs(grid, window, shift, mask_shift, bias_index):
@@ -158,8 +170,7 @@ def _pairs(grid, window, shift, mask_shift, bias_index):
 _slow_pairs = brute_force.pairs
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("name, dtype", PAIRS, ids=_name)
 def test_every_pair_of_the_specification(name, dtype, monkeypatch):
     monkeypatch.setattr(brute_force, "pairs", _pairs)
     options = dict(GEOMETRIES[name])
@@ -173,13 +184,15 @@ def test_every_pair_of_the_specification(name, dtype, monkeypatch):
 
 
 LARGE = {
-    "image-14": dict(grid=(1, 14, 14), window=(8, 7, 7), shift=(0, 3, 3)),
-    "three-axes-98": dict(grid=(4, 14, 14), window=(2, 7, 7), shift=(1, 3, 3)),
-    "width-392": dict(grid=(8, 7, 14), window=(8, 7, 7), shift=(0, 0, 3)),
-    "official-image": dict(grid=(1, 7, 7), window=(8, 7, 7), shift=(0, 3, 3), bias_index="official"),
-    "clipped-147": dict(grid=(3, 7, 14), window=(8, 7, 7), shift=(0, 0, 3)),
-    "small-view-official": dict(grid=(8, 4, 4), window=(8, 7, 7), bias_index="official"),
+    "image-14": dict(grid=(1, 14, 14), window=(2, 7, 7), shift=(0, 3, 3)),
+    "two-axes-98": dict(grid=(4, 7, 14), window=(2, 7, 7), shift=(1, 0, 3)),
+    "official-image": dict(grid=(1, 7, 7), window=(2, 7, 7), shift=(0, 3, 3), bias_index="official"),
+    "clipped-147": dict(grid=(3, 7, 14), window=(4, 7, 7), shift=(0, 0, 3)),
+    "small-view-official": dict(grid=(4, 4, 4), window=(4, 7, 7), bias_index="official"),
 }
+if DEVICE == "cuda":
+    LARGE["three-axes-392"] = dict(grid=(16, 14, 14), window=(8, 7, 7), shift=(4, 3, 3))
+    LARGE["two-axes-784"] = dict(grid=(16, 14, 14), window=(16, 7, 7), shift=(0, 3, 3))
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -195,8 +208,8 @@ def test_shifted_windows_of_the_model(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
 @pytest.mark.parametrize(
     "grid, window, shift",
-    [((2, 6, 6), (2, 3, 3), (0, 1, 1)), ((2, 7, 14), (2, 7, 7), (0, 0, 3))],
-    ids=["N18", "N98"],
+    [((2, 6, 6), (2, 3, 3), (0, 1, 1)), ((2, 6, 12), (2, 6, 6), (0, 0, 3))],
+    ids=["N18", "N72"],
 )
 def test_separated_pairs_get_minus_100_and_no_less(grid, window, shift, dtype):
     qkv, table = _problem(grid, window, 1, 16, dtype, scale=8.0)
@@ -220,7 +233,7 @@ def test_large_bias(bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-@pytest.mark.parametrize("window", [(1, 4, 4), (2, 7, 7)], ids=["N16", "N98"])
+@pytest.mark.parametrize("window", [(1, 4, 4), (2, 6, 6)], ids=["N16", "N72"])
 def test_logits_beyond_what_exp_can_take(window, dtype):
     qkv, table = _problem(window, window, 1, 16, dtype, scale=60.0)
     made = _hold_to_the_law(qkv, table, window=window)
@@ -256,25 +269,26 @@ def _last_axis_strided(x):
     return x.movedim(-1, 1).contiguous().movedim(1, -1)
 
 
-@pytest.mark.parametrize("window", [(1, 4, 4), (2, 8, 4)], ids=["N16", "N64"])
-@pytest.mark.parametrize("layout", [_of_a_larger_grid, _permuted, _heads_first, _odd_rows])
-def test_any_strides(layout, window):
-    qkv, table = _problem((2, 8, 8), window, 2, 16, torch.bfloat16, batch=2)
-    strided = layout(qkv.detach()).requires_grad_()
-    assert torch.equal(strided, qkv) and not strided.is_contiguous() and strided.stride(-1) == 1
-    options = dict(window=window, shift=(0, 2, 2))
+@pytest.mark.parametrize("window", [(1, 4, 4), (2, 6, 6)], ids=["N16", "N72"])
+def test_any_strides(window):
+    grid = (window[0], window[1], 2 * window[2])
+    qkv, table = _problem(grid, window, 2 if prod(window) < 50 else 1, 16, torch.bfloat16, batch=2)
+    options = dict(window=window, shift=(0, 0, 2))
     contiguous = _hold_to_the_law(qkv, table, **options)
-    for name, value in _fused(strided, table, options, _upstream(qkv)).items():
-        exactness.assert_same_bits(name, value, contiguous[name])
+    for layout in (_of_a_larger_grid, _permuted, _heads_first, _odd_rows):
+        strided = layout(qkv.detach()).requires_grad_()
+        assert torch.equal(strided, qkv) and not strided.is_contiguous() and strided.stride(-1) == 1
+        for name, value in _fused(strided, table, options, _upstream(qkv)).items():
+            exactness.assert_same_bits(f"{layout.__name__}: {name}", value, contiguous[name])
 
 
 def test_a_strided_last_axis_is_copied_or_left_to_the_reference():
     qkv, table = _problem((1, 4, 8), (1, 4, 4), 2, 16, torch.bfloat16)
     strided = _last_axis_strided(qkv.detach()).requires_grad_()
-    with implementation("fused"), warnings.catch_warnings():
+    with implementation("fused"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         out = window_attention(strided, table, (1, 4, 4))
-    eager, truth = reference(qkv, table, (1, 4, 4)), reference(_double(qkv), _double(table), (1, 4, 4))
+        eager, truth = (reference(x, y, (1, 4, 4)) for x, y in ((qkv, table), (_double(qkv), _double(table))))
     exactness.assert_as_exact_as_torch("output", out, eager, truth)
 
 
@@ -329,21 +343,21 @@ def test_offsets_beyond_two_to_the_31(tmp_path):
 # -- dtypes and which gradients ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [(1, 4, 4), (2, 7, 7)], ids=["N16", "N98"])
+@pytest.mark.parametrize("window", [(1, 4, 4), (2, 6, 6)], ids=["N16", "N72"])
 @pytest.mark.parametrize("dtype", HALVES, ids=_name)
 def test_a_float32_table_beside_half_inputs(dtype, window):
     """As under autocast. Its gradient is float32, and is summed in float32."""
     grid = (window[0], window[1], 2 * window[2])
-    qkv, table = _problem(grid, window, 2, 16, dtype, batch=2, table_dtype=torch.float32)
+    qkv, table = _problem(grid, window, 1, 16, dtype, batch=2, table_dtype=torch.float32)
     made = _hold_to_the_law(qkv, table, window=window, shift=(0, 0, 2))
     assert made["gradient of table"].dtype is torch.float32
 
 
-@pytest.mark.parametrize("window", [(1, 4, 4), (2, 7, 7)], ids=["N16", "N98"])
+@pytest.mark.parametrize("window", [(1, 4, 4), (2, 6, 6)], ids=["N16", "N72"])
 @pytest.mark.parametrize("frozen", ["qkv", "table"])
 def test_one_gradient_alone_has_the_bits_of_both(frozen, window):
     grid = (window[0], window[1], 2 * window[2])
-    qkv, table = _problem(grid, window, 2, 16, torch.bfloat16)
+    qkv, table = _problem(grid, window, 1, 16, torch.bfloat16)
     options, upstream = dict(window=window, shift=(0, 0, 2)), _upstream(qkv)
     both = _fused(qkv, table, options, upstream)
     {"qkv": qkv, "table": table}[frozen].requires_grad_(False)
@@ -354,16 +368,16 @@ def test_one_gradient_alone_has_the_bits_of_both(frozen, window):
 
 
 def test_the_table_s_gradient_is_summed_over_samples_and_windows_in_float32():
-    """512 equal contributions of 1 + 2^-8 each: bfloat16 sums would stop growing, or lose the last bit."""
+    """96 equal contributions: bfloat16 sums would be off by far more."""
     batch, window = 8, (1, 4, 4)
-    qkv, table = _problem((1, 32, 32), window, 1, 16, torch.bfloat16, batch=batch, table_dtype=torch.float32)
+    qkv, table = _problem((1, 12, 16), window, 1, 16, torch.bfloat16, batch=batch, table_dtype=torch.float32)
     with torch.no_grad():
-        qkv.copy_(qkv[:1, :, :4, :4].repeat(batch, 1, 8, 8, 1, 1, 1))
-    upstream = _upstream(qkv[:1, :, :4, :4]).repeat(batch, 1, 8, 8, 1, 1)
+        qkv.copy_(qkv[:1, :, :4, :4].repeat(batch, 1, 3, 4, 1, 1, 1))
+    upstream = _upstream(qkv[:1, :, :4, :4]).repeat(batch, 1, 3, 4, 1, 1)
     many = _fused(qkv, table, dict(window=window), upstream)["gradient of table"]
     few = qkv.detach()[:1, :, :4, :4].requires_grad_()
     one = _fused(few, table, dict(window=window), upstream[:1, :, :4, :4])["gradient of table"]
-    torch.testing.assert_close(many, one * batch * 64, rtol=1e-5, atol=1e-5 * float(one.abs().max()) * batch * 64)
+    torch.testing.assert_close(many, 96 * one, rtol=1e-5, atol=96e-5 * float(one.abs().max()))
 
 
 def test_a_float64_call_is_the_reference_s():
