@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
-from .runtime import launch, tl, triton
+from .runtime import cdiv, launch, tl, triton
 from .window_geometry import Plan
 
 LARGEST = 60000.0  # a finite float16; times 32**-0.5 it is a bias of 10,600
+SMALLEST = (
+    2.0**-14
+)  # float16's smallest normal number, a bias of 1e-5: the mark's place is known in normal numbers only
 
 
 @triton.jit
@@ -30,6 +33,7 @@ def _bias_tiles(
     stride_row,
     stride_head,
     LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
     PADDING: tl.constexpr,
     FOREIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -50,6 +54,7 @@ def _bias_tiles(
             tl.store(out, tl.where(exists, bias, -float("inf")), mask=inside)
         else:
             bias = tl.minimum(tl.maximum(bias, -LARGEST), LARGEST)
+            bias = tl.where(tl.abs(bias) < SMALLEST, SMALLEST, bias)
             bits = tl.where(exists, bias, -float("inf")).to(tl.float16).to(tl.int16, bitcast=True)
             # rounded to one bit less, which then holds the mark; minus infinity stays itself
             bits = ((bits + 1) & -2) | foreign.to(tl.int16)
@@ -117,10 +122,10 @@ def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bo
     heads, elements = table.shape[1], index[0].numel()
     dtype = torch.float32 if wide else torch.int16
     tiles = torch.empty(plan.kinds, heads, index.shape[1], index.shape[2], dtype=dtype, device=table.device)
-    block = 1024
+    block = 4096
     launch(
         _bias_tiles,
-        (triton.cdiv(elements, block), plan.kinds),
+        (cdiv(elements, block), plan.kinds),
         table,
         index,
         tiles,
@@ -131,11 +136,12 @@ def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bo
         table.stride(0),
         table.stride(1),
         LARGEST=LARGEST,
+        SMALLEST=SMALLEST,
         PADDING=geometry.PADDING,
         FOREIGN=geometry.FOREIGN,
         WIDE=wide,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8,
     )
     return tiles
 
@@ -151,24 +157,24 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
     heads, kinds = like.shape[1], len(first) - 1
     elements = partial[0, 0].numel()
     total = torch.empty(heads, kinds, elements, dtype=torch.float32, device=partial.device)
-    block = 1024
+    block = 4096
     launch(
         _sum_groups,
-        (triton.cdiv(elements, block), heads, kinds),
+        (cdiv(elements, block), heads, kinds),
         partial,
         first,
         total,
         elements,
         heads,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8,
     )
     # rows that no pair of this window reads keep a gradient of 0
     grad = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     used = len(plan.row)
     launch(
         _table_gradient,
-        (triton.cdiv(used, 8), triton.cdiv(heads, 4)),
+        (cdiv(used, 16), cdiv(heads, 4)),
         total,
         plan.row,
         plan.entry,
@@ -177,7 +183,7 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
         kinds * elements,
         used,
         heads,
-        ROWS=8,
+        ROWS=16,
         HEADS=4,
         BLOCK=64,
         num_warps=4,

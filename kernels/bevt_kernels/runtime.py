@@ -26,9 +26,6 @@ except ImportError:  # no Triton for this platform: the reference answers everyt
         def jit(self, function: Any) -> Any:
             return function
 
-        def cdiv(self, a: int, b: int) -> int:
-            return -(-a // b)
-
     triton = tl = cast(Any, _Missing())
     AVAILABLE = False
 else:
@@ -67,6 +64,16 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     inner: Inner | None
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of two that is not below `least`."""
+    return 1 << max(least - 1, 0).bit_length()
 
 
 @contextmanager

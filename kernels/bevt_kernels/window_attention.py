@@ -84,7 +84,7 @@ def _plan(qkv: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_i
     tile, tokens = window_tiles.tile_size(qkv.dtype), prod(used_window(grid, window))
     single = tokens <= tile
     if single:
-        tile = max(16, 1 << (tokens - 1).bit_length())
+        tile = max(16, runtime.power_of_2(tokens))
     wide = window_tiles.is_wide(qkv.dtype)
     return single, plan(grid, window, shift, mask_shift, bias_index, tile, not single, wide, qkv.device)
 
@@ -158,7 +158,7 @@ def _(qkv, bias_table, window, shift, mask_shift, bias_index):
     tokens = prod(min(length, size) for length, size in zip(grid, window))
     tile = window_tiles.tile_size(qkv.dtype)
     single = tokens <= tile
-    slots = max(16, 1 << (tokens - 1).bit_length()) if single else -(-tokens // tile) * tile
+    slots = max(16, runtime.power_of_2(tokens)) if single else runtime.cdiv(tokens, tile) * tile
     count = batch * (prod(grid) // tokens)
     out = qkv.new_empty(batch, *grid, heads, width)
     lse = qkv.new_empty(count, heads, slots, dtype=torch.float32)

@@ -153,8 +153,8 @@ def plan(
         first = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(kind, minlength=kinds).cumsum(0)])
         tables = (token, kind + several[kind] * MASKED_KIND, _spans(label, tile))
         tables = (*tables, queries, keys, row, place.flatten()[by_row], start, listed)
-        placed = (table.to(torch.int32).contiguous().to(device) for table in tables)
-    return Plan(count, slots, tile, kinds, bool(several.any()), *placed, tuple(first.tolist()))
+        placed = [table.to(torch.int32).contiguous().to(device) for table in tables]
+    return Plan._make((count, slots, tile, kinds, bool(several.any()), *placed, tuple(first.tolist())))
 
 
 def _canonical(label: Tensor) -> Tensor:

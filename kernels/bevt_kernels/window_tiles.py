@@ -17,13 +17,14 @@ skipped; the forward notes in `seen` whether one was not, and the backward reads
 from functools import lru_cache
 from itertools import pairwise
 from math import e, log2, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
 from .relative_bias import bias_tiles, table_gradient
-from .runtime import Inner, capability, launch, tl, triton
+from .runtime import Inner, capability, cdiv, launch, power_of_2, tl, triton
 from .window_geometry import Plan
 
 NEGLIGIBLE = -40.0
@@ -43,7 +44,9 @@ def _fragment(ptr, masked, separated, ROWS: tl.constexpr, COLS: tl.constexpr, WI
         y = x.to(tl.float16, bitcast=True).to(tl.float32)
         if MASKED:
             if masked:
-                y = tl.where((x & 1) != 0, y + separated, y)
+                # the mark, float16's lowest bit, is bit 13 of a float32: no number here is subnormal
+                foreign = (y.to(tl.int32, bitcast=True) & 0x2000) != 0
+                y = tl.where(foreign, y + separated, y)
         y = tl.reshape(y, (COLS // 16, ROWS // 16, 8, 4, 2, 2, 2))
         y = tl.permute(y, (1, 5, 2, 0, 4, 3, 6))
     return tl.reshape(y, (ROWS, COLS))
@@ -75,7 +78,7 @@ def _store(ptr, rows, value, exists, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _place(pid, GROUP, strips, nH):
+def _place(pid, GROUP, strips, nH) -> Any:
     """Program number -> (window, strip, head): windows run fastest inside a group, so neighbours share a bias strip."""
     per = GROUP * strips * nH
     rest = pid % per
@@ -83,7 +86,7 @@ def _place(pid, GROUP, strips, nH):
 
 
 @triton.jit
-def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr) -> Any:
     """First and end of the whole blocks that a strip can see; what remains after FULL blocks is always walked."""
     first = tl.load(span_ptr + (kind * strips + strip) * 2)
     end = tl.load(span_ptr + (kind * strips + strip) * 2 + 1)
@@ -92,8 +95,16 @@ def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.conste
 
 
 @triton.jit
-def _attend(q, kt, v, bias, m, total, acc, c):
-    """One step of the running softmax."""
+def _attend(
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, m, total, acc, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax: BLOCK keys from slot `begin` on."""
+    rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+    kt = _load_t(k_ptr, rows, D, DP)
+    v = _load(v_ptr, rows, D, DP)
+    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
     x = tl.dot(q, kt, bias, input_precision="ieee")
     return _weigh(x, v, m, total, acc, c)
 
@@ -165,29 +176,25 @@ def _forward(
         if MASKED:
             lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
         for j in range(lo, hi):
-            rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-            kt = _load_t(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-            m, total, acc = _attend(q, kt, v, bias, m, total, acc, c)
+            m, total, acc = _attend(
+                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, m, total, acc, c,
+                D, DP, TILE, BLOCK, WIDE, MASKED,
+            )  # fmt: skip
         if TAIL > 0:
-            rows = tl.load(token_ptr + FULL * BLOCK + tl.arange(0, TAIL)).to(tl.int64) * stride_s
-            kt = _load_t(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + FULL * (TILE * BLOCK), masked, separated, TILE, TAIL, WIDE, MASKED)
-            m, total, acc = _attend(q, kt, v, bias, m, total, acc, c)
+            m, total, acc = _attend(
+                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, m, total, acc, c,
+                D, DP, TILE, TAIL, WIDE, MASKED,
+            )  # fmt: skip
         if MASKED:
             seen = 0
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
                 rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-                kt = _load_t(k_ptr, rows, D, DP)
                 bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-                x = tl.dot(q, kt, bias, input_precision="ieee")
+                x = tl.dot(q, _load_t(k_ptr, rows, D, DP), bias, input_precision="ieee")
                 if tl.max(tl.where(offs < N, tl.max(x, 1) * c - m, -float("inf")), 0) > NEGLIGIBLE:
                     seen = 1
-                    v = _load(v_ptr, rows, D, DP)
-                    m, total, acc = _weigh(x, v, m, total, acc, c)
+                    m, total, acc = _weigh(x, _load(v_ptr, rows, D, DP), m, total, acc, c)
             tl.store(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip, seen)
 
         exists = offs < N
@@ -197,7 +204,16 @@ def _forward(
 
 
 @triton.jit
-def _query_step(q, do, k, v, bias, lse, delta, dq, c):
+def _query_step(
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, delta, dq, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK keys from slot `begin` on."""
+    rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+    k = _load(k_ptr, rows, D, DP)
+    v = _load(v_ptr, rows, D, DP)
+    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
     x = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
     p = tl.exp2(x * c - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -271,26 +287,23 @@ def _backward_queries(
         if MASKED:
             lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
         for j in range(lo, hi):
-            rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-            k = _load(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-            dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+            dq = _query_step(
+                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
+                D, DP, TILE, BLOCK, WIDE, MASKED,
+            )  # fmt: skip
         if TAIL > 0:
-            rows = tl.load(token_ptr + FULL * BLOCK + tl.arange(0, TAIL)).to(tl.int64) * stride_s
-            k = _load(k_ptr, rows, D, DP)
-            v = _load(v_ptr, rows, D, DP)
-            bias = _fragment(bias_ptr + FULL * (TILE * BLOCK), masked, separated, TILE, TAIL, WIDE, MASKED)
-            dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+            dq = _query_step(
+                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
+                D, DP, TILE, TAIL, WIDE, MASKED,
+            )  # fmt: skip
         if MASKED:
             if tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0:
                 for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                     j = tl.where(i < lo, i, i + hi - lo)
-                    rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
-                    k = _load(k_ptr, rows, D, DP)
-                    v = _load(v_ptr, rows, D, DP)
-                    bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-                    dq = _query_step(q, do, k, v, bias, lse, delta, dq, c)
+                    dq = _query_step(
+                        k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta,
+                        dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
+                    )  # fmt: skip
 
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
         _store(out, token * (3 * nH * D), dq * scale, offs < N, D, DP)
@@ -609,14 +622,15 @@ def _groups(first: tuple[int, ...], batch: int, programs: int, device: torch.dev
         rows += [(kind, first[kind], windows, i, min(i + size, count)) for i in range(0, count, size)]
         starts.append(len(rows))
     with torch.inference_mode(False):
-        return tuple(torch.tensor(x, dtype=torch.int32, device="cpu").to(device) for x in (rows, starts))
+        table, start = (torch.tensor(x, dtype=torch.int32, device="cpu").to(device) for x in (rows, starts))
+    return table, start
 
 
 def _blocks(qkv: Tensor, plan: Plan, block: int) -> tuple[int, int, int]:
     """(BLOCK, FULL, TAIL): whole blocks and a last one of 16, 32, ... slots that cover a window's tokens."""
     for size in (block, plan.tile):
         full, rest = divmod(plan.tokens_per_window, size)
-        tail = max(16, triton.next_power_of_2(rest)) if rest else 0
+        tail = max(16, power_of_2(rest)) if rest else 0
         if tail >= size:
             full, tail = full + 1, 0
         if size == plan.tile or full * size + tail <= 1.1 * -(-plan.tokens_per_window // 16) * 16:
@@ -639,7 +653,7 @@ def is_wide(dtype: torch.dtype) -> bool:
 
 
 def padded_width(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def scales(width: int) -> tuple[float, float, float]:
@@ -667,7 +681,7 @@ def token_stride(qkv: Tensor) -> int | None:
 
 def _grid(plan: Plan, windows: int, heads: int) -> tuple[int]:
     group = min(GROUP, max(windows, 1))
-    return (triton.cdiv(windows, group) * group * (plan.slots // plan.tile) * heads,)
+    return (cdiv(windows, group) * group * (plan.slots // plan.tile) * heads,)
 
 
 def _shape(plan: Plan, width: int, wide: bool, blocks: tuple[int, int, int]) -> dict[str, int | bool]:
