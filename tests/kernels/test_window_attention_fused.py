@@ -7,6 +7,7 @@ Truth is the reference in float64, and for small grids a construction pair by pa
 import functools
 import warnings
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -296,7 +297,7 @@ def test_one_sample_expanded_over_the_batch():
     one, table = _problem((2, 4, 8), (2, 4, 4), 2, 16, torch.float32)
     qkv = one.expand(3, *one.shape[1:])
     upstream = _upstream(qkv)
-    options = dict(window=(2, 4, 4), shift=(0, 0, 2))
+    options: Any = dict(window=(2, 4, 4), shift=(0, 0, 2))
     with implementation("fused"), counted_launches() as launches:
         out = window_attention(qkv, table, **options)
         gradients = torch.autograd.grad(out, (one, table), upstream)
@@ -397,7 +398,7 @@ def _bad(**changes):
     dtype, device = changes.pop("dtype", torch.float32), changes.pop("device", "cpu")
     qkv = torch.zeros(shape, dtype=dtype, device=device)
     table = torch.zeros(changes.pop("table", (75, 2)), dtype=changes.pop("table_dtype", torch.float32))
-    options = {"window": (2, 3, 3), "shift": (0, 1, 1)} | changes
+    options: Any = {"window": (2, 3, 3), "shift": (0, 1, 1)} | changes
     return window_attention(qkv, table, **options)
 
 
