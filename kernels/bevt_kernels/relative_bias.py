@@ -21,7 +21,7 @@ SMALLEST = (
 )  # float16's smallest normal number, a bias of 1e-5: the mark's place is known in normal numbers only
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements", "nH", "stride_row", "stride_head"])
 def _bias_tiles(
     table_ptr,  # (rows, nH)
     index_ptr,  # (kinds, elements) int32
@@ -61,7 +61,7 @@ def _bias_tiles(
             tl.store(out, bits, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements", "nH"])
 def _sum_groups(
     partial_ptr,  # (groups, nH, elements) float32
     first_ptr,  # (kinds + 1,) int32: the groups of a kind
@@ -81,7 +81,7 @@ def _sum_groups(
     tl.store(sum_ptr + (head * kinds + kind).to(tl.int64) * elements + offs, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "used", "nH"])
 def _table_gradient(
     sum_ptr,  # (nH, places) float32
     row_ptr,  # (used,) int32: the rows that have entries

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from . import window_geometry as geometry
 from .relative_bias import bias_tiles, table_gradient
-from .runtime import Inner, launch, tl, triton
+from .runtime import Inner, capability, launch, tl, triton
 from .window_geometry import Plan
 from .window_tiles import _fragment, _load, _store, is_wide, padded_width, scales, stages, strides
 
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors; the backward leaves one tile of float32 per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows", "per_program"])
 def _forward(
     qkv_ptr,  # (B, S, 3, nH, D) by strides
     token_ptr,  # (nW, TILE) int32
@@ -44,7 +44,7 @@ def _forward(
     DP: tl.constexpr,
     TILE: tl.constexpr,
     WIDE: tl.constexpr,
-    KINDS: tl.constexpr,
+    ONE_KIND: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
 ):
@@ -54,7 +54,7 @@ def _forward(
     exists = offs < N
     qkv_ptr += head.to(tl.int64) * stride_h
     bias = tl.zeros((TILE, TILE), tl.float32)
-    if KINDS == 1:
+    if ONE_KIND:
         bias = _fragment(
             bias_ptr + head * (TILE * TILE), tl.load(kind_ptr) >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED
         )
@@ -64,7 +64,7 @@ def _forward(
         q = _load(qkv_ptr + b * stride_b, token * stride_s, D, DP)
         k = _load(qkv_ptr + b * stride_b + stride_p, token * stride_s, D, DP)
         v = _load(qkv_ptr + b * stride_b + 2 * stride_p, token * stride_s, D, DP)
-        if KINDS > 1:
+        if not ONE_KIND:
             kind = tl.load(kind_ptr + window % nW)
             tile_ptr = bias_ptr + (kind % MASKED_KIND * nH + head).to(tl.int64) * (TILE * TILE)
             bias = _fragment(tile_ptr, kind >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED)
@@ -78,7 +78,7 @@ def _forward(
         tl.store(lse_ptr + (window * nH + head).to(tl.int64) * TILE + offs, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows", "per_program"])
 def _backward(
     qkv_ptr,
     token_ptr,
@@ -106,7 +106,7 @@ def _backward(
     DP: tl.constexpr,
     TILE: tl.constexpr,
     WIDE: tl.constexpr,
-    KINDS: tl.constexpr,
+    ONE_KIND: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
 ):
@@ -119,7 +119,7 @@ def _backward(
     qkv_ptr += head.to(tl.int64) * stride_h
     acc = tl.zeros((TILE, TILE), tl.float32)
     bias = tl.zeros((TILE, TILE), tl.float32)
-    if KINDS == 1:
+    if ONE_KIND:
         bias = _fragment(
             bias_ptr + head * (TILE * TILE), tl.load(kind_ptr) >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED
         )
@@ -134,23 +134,23 @@ def _backward(
         o = _load(out_ptr + here, token * (nH * D), D, DP)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         lse = tl.load(lse_ptr + (window * nH + head).to(tl.int64) * TILE + offs)
-        if KINDS > 1:
+        if not ONE_KIND:
             kind = tl.load(kind_ptr + window % nW)
             tile_ptr = bias_ptr + (kind % MASKED_KIND * nH + head).to(tl.int64) * (TILE * TILE)
             bias = _fragment(tile_ptr, kind >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED)
         x = tl.dot(k, tl.trans(q), bias, input_precision="ieee")
         p = tl.exp2(x * c - lse[None, :])
+        out = dqkv_ptr + b * S * 3 * nH * D + head * D
         dv = tl.dot(p.to(do.dtype), do, input_precision="ieee")
+        _store(out + 2 * nH * D, token * (3 * nH * D), dv, exists, D, DP)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         acc += ds
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, input_precision="ieee")
-        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
-        out = dqkv_ptr + b * S * 3 * nH * D + head * D
-        _store(out, token * (3 * nH * D), dq * scale, exists, D, DP)
         _store(out + nH * D, token * (3 * nH * D), dk * scale, exists, D, DP)
-        _store(out + 2 * nH * D, token * (3 * nH * D), dv, exists, D, DP)
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+        _store(out, token * (3 * nH * D), dq * scale, exists, D, DP)
     partial_ptr += (group * nH + head).to(tl.int64) * (TILE * TILE)
     tl.store(partial_ptr + offs[None, :] * TILE + offs[:, None], acc)
 
@@ -168,7 +168,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype)), out, lse, c, separated,
         *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
-        num_warps=4,
+        num_warps=plan.tile // 16,
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.tile**2 / plan.tokens_per_window**2),
     )  # fmt: skip
@@ -190,7 +190,7 @@ def backward(
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype), transposed=True), out, grad, lse,
         dqkv, partial, c, scale, separated, *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
-        num_warps=4,
+        num_warps=plan.tile // 16,
         num_stages=stages(qkv, {90: 2}),
         inner=Inner(plan.tile**2, 10 * width, plan.tile**2 / plan.tokens_per_window**2),
     )  # fmt: skip
@@ -218,7 +218,8 @@ def _sizes(qkv: Tensor, plan: Plan) -> tuple[int, int, int, int]:
 
 
 def _shape(qkv: Tensor, plan: Plan) -> dict[str, int | bool]:
+    # with one kind the bias tile stays in registers; sm_80 has none to spare and loads it for each window
     return {
         "N": plan.tokens_per_window, "D": qkv.shape[6], "DP": padded_width(qkv.shape[6]), "TILE": plan.tile,
-        "WIDE": is_wide(qkv.dtype), "KINDS": plan.kinds, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
+        "WIDE": is_wide(qkv.dtype), "ONE_KIND": plan.kinds == 1 and capability(qkv.device) >= 90, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
     }  # fmt: skip

@@ -118,7 +118,7 @@ def _weigh(x, v, m, total, acc, c):
     return m_new, total * alpha + tl.sum(p, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows", "group"])
 def _forward(
     qkv_ptr,  # (B, S, 3, nH, D) by strides
     token_ptr,  # (nW, RS) int32
@@ -221,7 +221,7 @@ def _query_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows", "group"])
 def _backward_queries(
     qkv_ptr,
     token_ptr,
@@ -331,7 +331,7 @@ def _key_step(
     return tl.dot(ds, q, dk, input_precision="ieee"), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows", "group"])
 def _backward_keys(
     qkv_ptr,
     token_ptr,
@@ -439,7 +439,7 @@ def _bias_step(
     return acc + p * (dp - delta[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "nW", "nH"])
 def _backward_bias(
     qkv_ptr,
     token_ptr,
@@ -527,7 +527,8 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
     lse = torch.empty(windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
     seen = torch.empty(windows, heads, plan.slots // plan.tile, dtype=torch.int32, device=qkv.device)
     wide = is_wide(qkv.dtype)
-    blocks = _blocks(qkv, plan, 2 * plan.tile if width <= 32 else plan.tile)
+    roomy = width <= 32 and (capability(qkv.device) >= 90 or not wide)
+    blocks = _blocks(plan, 2 * plan.tile if roomy else plan.tile)
     launch(
         _forward,
         _grid(plan, windows, heads),
@@ -570,7 +571,9 @@ def backward(
     place = (prod(grid), len(plan.token), heads)
     geometry_ = (plan.token, plan.kind, plan.span)
     order = (windows, min(GROUP, max(windows, 1)))
-    blocks = _blocks(qkv, plan, plan.tile)
+    # sm_80 keeps a tile's operands in registers, where two of 64 x 64 do not fit
+    narrow = capability(qkv.device) < 90 and qkv.dtype != torch.float32
+    blocks = _blocks(plan, plan.tile // 2 if narrow else plan.tile)
     launch(
         _backward_queries,
         _grid(plan, windows, heads),
@@ -580,6 +583,7 @@ def backward(
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 6 * width),
     )  # fmt: skip
+    blocks = _blocks(plan, plan.tile // 4 if narrow and width > 32 else plan.tile)
     launch(
         _backward_keys,
         _grid(plan, windows, heads),
@@ -626,16 +630,18 @@ def _groups(first: tuple[int, ...], batch: int, programs: int, device: torch.dev
     return table, start
 
 
-def _blocks(qkv: Tensor, plan: Plan, block: int) -> tuple[int, int, int]:
-    """(BLOCK, FULL, TAIL): whole blocks and a last one of 16, 32, ... slots that cover a window's tokens."""
-    for size in (block, plan.tile):
+def _blocks(plan: Plan, block: int) -> tuple[int, int, int]:
+    """(BLOCK, FULL, TAIL): whole blocks and a last one of 16, 32, ... slots that cover a window's tokens.
+
+    A block of more than a tile gives way to the tile where it would pad by over a tenth.
+    """
+    choices = []
+    for size in dict.fromkeys((block, min(block, plan.tile))):
         full, rest = divmod(plan.tokens_per_window, size)
         tail = max(16, power_of_2(rest)) if rest else 0
-        if tail >= size:
-            full, tail = full + 1, 0
-        if size == plan.tile or full * size + tail <= 1.1 * -(-plan.tokens_per_window // 16) * 16:
-            return size, full, tail
-    raise AssertionError("the second size is the tile")
+        choices.append((size, full + 1, 0) if tail >= size else (size, full, tail))
+    covered = [size * full + tail for size, full, tail in choices]
+    return choices[0] if covered[0] <= 1.1 * covered[-1] else choices[-1]
 
 
 def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:
