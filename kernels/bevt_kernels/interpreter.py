@@ -1,9 +1,11 @@
-"""Makes Triton's interpreter compute bfloat16 as a GPU does: by value, rounded to nearest even.
+"""Makes Triton's interpreter compute bfloat16 as a GPU does (by value, rounded to nearest even), and hurry.
 
 Triton 3.6 to 3.9 keep bfloat16 in the interpreter as raw 16-bit integers and add, multiply and round those, without a
 word. Reductions still run on the raw integers: kernels convert to float32 before they sum.
 """
 
+import functools
+import types
 from typing import Any
 
 import triton.language as tl
@@ -46,6 +48,40 @@ def correct_bf16() -> None:
 
     builder.cast_impl, builder.binary_op = corrected_cast, corrected_binary
     builder.unary_op, builder.create_dot = corrected_unary, corrected_dot
+
+
+def patch_language_once() -> None:
+    """Replace the functions of `tl` once for a whole kernel, and not again for every `tl.sum` and `tl.max` within it,
+    and look a NumPy dtype up instead of building the table of all of them: a third to half of the interpreter's time.
+    """
+    if not hasattr(interpreter, "_LangPatchScope") or hasattr(interpreter, "_bevt_kernels_patched"):
+        return
+    module: Any = interpreter
+    module._bevt_kernels_patched = True
+    patch, dtype_of, active = module._patch_lang, module._get_np_dtype, []
+    # `tl.sum` and its like see the language as `core`
+    sees_both = types.FunctionType(patch_language_once.__code__, {"tl": tl, "core": tl.core})
+
+    def patch_once(function: Any) -> Any:
+        if active:
+            return module._LangPatchScope()
+        scope = patch(sees_both)
+        active.append(scope)
+        restore = scope.restore
+
+        def restored() -> None:
+            active.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    scalar_dtype = functools.cache(dtype_of)
+
+    def kept_dtype(type: Any) -> Any:
+        return dtype_of(type.scalar) if type.scalar.is_ptr() else scalar_dtype(type.scalar)
+
+    module._patch_lang, module._get_np_dtype = patch_once, kept_dtype
 
 
 def _is_bf16(handle: Any) -> bool:

@@ -36,6 +36,7 @@ if INTERPRETED:
     from . import interpreter
 
     interpreter.correct_bf16()
+    interpreter.patch_language_once()
 
 OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
 Implementation = Literal["auto", "reference", "fused"]

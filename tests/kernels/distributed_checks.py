@@ -111,8 +111,8 @@ def main(out: str) -> None:
         with implementation("fused"), counted_launches() as launches, warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*the reference answers instead")
             fused = way()
-        vectors = [scaled(gradients, true).float() for gradients in (fused, eager)]
-        error, _, bound = exactness.errors(*vectors, scaled(true, true))
+        ours, torchs = (scaled(gradients, true).float() for gradients in (fused, eager))
+        error, _, bound = exactness.errors(ours, torchs, scaled(true, true))
         report[name] = {"launches": len(launches), "error": error, "bound": bound}
         report[name]["same on both"] = same_everywhere(world, fused)
     if world.is_main:
