@@ -16,16 +16,17 @@ from bevt_kernels import implementation, runtime
 from tests.kernels.answers import counted_launches
 
 STEPS = 50
+BATCHES = 5  # seen again and again, so that a model this small learns them
 VOCABULARY = 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# two blocks in the first stage, so that a window is shifted; on a GPU heads are as wide as the paper's
-SMALL = VideoSwinConfig(embed_dim=16, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4), window=(2, 4, 4), drop_path=0.0)
+# two blocks of two windows each, the second shifted: more would take minutes in the interpreter
+SMALL = VideoSwinConfig(embed_dim=16, depths=(0, 2, 0, 0), heads=(1, 1, 1, 1), window=(2, 2, 4), drop_path=0.0)
 LARGE = VideoSwinConfig(embed_dim=96, depths=(2, 2, 2, 2), heads=(3, 6, 12, 24), window=(4, 7, 7), drop_path=0.1)
 
 
 def _batch(step: int, seed: int, large: bool, dtype: torch.dtype) -> tuple[JointBatch, Targets]:
     """Stripes whose slope the targets name, so that there is something to learn."""
-    draw = torch.Generator().manual_seed(1000 * seed + step)
+    draw = torch.Generator().manual_seed(1000 * seed + step % BATCHES)
     count, frames, side = (8, 8, 224) if large else (1, 4, 32)
     cells = side // 16
     ids = torch.randint(0, VOCABULARY, (2, count), generator=draw)
@@ -46,6 +47,15 @@ def _batch(step: int, seed: int, large: bool, dtype: torch.dtype) -> tuple[Joint
     return batch, Targets(image_ids.to(DEVICE).contiguous(), clip_ids.to(DEVICE).contiguous())
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors are so small that a second thread would only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @functools.cache
 def _curve(choice, seed: int, precision: str, large: bool = False) -> torch.Tensor:
     """The loss of every step."""
@@ -55,7 +65,7 @@ def _curve(choice, seed: int, precision: str, large: bool = False) -> torch.Tens
     objective = JointObjective(model).to(DEVICE, dtype).train()
     # weights in float32 beside the model, as mixed precision keeps them
     masters = [parameter.detach().float() for parameter in objective.parameters()]
-    optimizer = torch.optim.AdamW(masters, lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(masters, lr=5e-4, weight_decay=0.05)
     autocast = torch.autocast(DEVICE, torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
     losses = []
     with implementation(choice):
@@ -85,8 +95,8 @@ def _compare(precision: str, large: bool) -> None:
     assert launches
     assert seeds[0][-10:].mean() < seeds[0][:10].mean(), "nothing is learnt, so there is nothing to compare"
     assert _distance(fused, seeds[0]) < _distance(*seeds)
-    # the first loss knows no training yet
-    assert abs(float(fused[0] - seeds[0][0])) < 0.01 * abs(float(seeds[1][0] - seeds[0][0])) or precision != "fp32"
+    if precision == "fp32":  # the two orders of summation have no reason to part further
+        assert _distance(fused, seeds[0]) < 0.01 * _distance(*seeds)
 
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="Triton's interpreter is for machines without a GPU")
