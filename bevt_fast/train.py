@@ -36,17 +36,26 @@ if TYPE_CHECKING:
     from bevt_fast.training.engine import Engine
 
 
+@torch.no_grad()
+def hidden_targets(tokenizer: "Tokenizer", batch: JointBatch) -> Targets:
+    """The ids of the hidden cells of both streams; 0 where the batch hides nothing, and nobody asks."""
+    images, clips = batch
+    frames = clips and clips.mask.repeat_interleave(clips.token_pixels.shape[1] // clips.mask.shape[1], dim=1)
+    return Targets(
+        tokenizer(images.token_pixels, images.mask) if images else None,
+        tokenizer(clips.token_pixels, frames) if clips else None,
+    )
+
+
 def joint_step(
     engine: "Engine", tokenizer: "Tokenizer", batch: JointBatch, hidden: tuple[float, float] | None = None
 ) -> Losses:
-    """One micro-batch: name every cell, predict the hidden ones of both streams, one backward through the encoder.
+    """One micro-batch: name the hidden cells of both streams, predict them, one backward through the encoder.
 
     `hidden` is given for `train.loss_mean` "global" only: hidden images' and clips' positions per micro-batch of the
     step.
     """
-    with torch.no_grad():
-        images, clips = (tokenizer(stream.token_pixels) if stream else None for stream in batch)
-    losses = engine(batch, Targets(images, clips), hidden)
+    losses = engine(batch, hidden_targets(tokenizer, batch), hidden)
     engine.backward(losses.total)
     engine.step()  # DeepSpeed changes the weights on the last micro-batch of a step, and only then
     return Losses(*(value.detach() for value in losses))

@@ -2,13 +2,16 @@
 
 Features leave a decoder on the mask grid (16-pixel cells) with width K = 8 * embed_dim, after the encoder's own final
 norm, which both streams share and which fine-tuning finds again on F4 (SPEC X4).
+
+Everything behind the encoder works row by row, so training asks for the hidden rows only (`hidden_rows`) and gets the
+same numbers. Legend as in `bevt_fast.data.batch`; besides, m hidden cells of the encoder's grid, M hidden positions.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from bevt_fast.errors import ConfigError
@@ -23,6 +26,32 @@ from bevt_fast.models.video_swin import (
 )
 
 STREAMS = ("images", "clips")
+
+
+class HiddenRows(NamedTuple):
+    """The hidden cells of one stream, as flat indices into everything that is gathered for them."""
+
+    grid: tuple[int, ...]  # (B, [T,] gh, gw)
+    cells: Int64[Tensor, "m"]  # in (B, t, gh, gw)
+    corners: Int64[Tensor, "m"]  # in (B, t, gh/2, gw/2, 2, 2): the same cells where F4 is doubled in space
+    frames: Int64[Tensor, "M"]  # in (m, frames of a time step): the rows that doubling time makes of them
+    positions: Int64[Tensor, "M"]  # in the grid, ascending: where those rows belong
+
+
+def hidden_rows(mask: Bool[Tensor, "B *t gh gw"], frames: int = 1) -> HiddenRows:
+    """Where the mask is True; `frames` is how many frames a time step of a clip has.
+
+    The host waits for the mask here, to know how many rows there are, and nowhere after it: call this first.
+    """
+    *outside, rows, columns = mask.shape
+    grid = (*outside[:-1], outside[-1] * frames, rows, columns)  # images have no time, and one frame
+    cells = mask.flatten().nonzero().flatten()
+    plane, row, column = cells // (rows * columns), cells // columns % rows, cells % columns
+    parent = (plane * (rows // 2) + row // 2) * (columns // 2) + column // 2
+    first = cells + plane * (frames - 1) * rows * columns
+    steps = torch.arange(frames, device=mask.device) * rows * columns
+    positions, order = (first[:, None] + steps).flatten().sort()
+    return HiddenRows(grid, cells, parent * 4 + row % 2 * 2 + column % 2, order, positions)
 
 
 class MaskToken(nn.Module):
@@ -43,8 +72,8 @@ class Upsample(nn.ConvTranspose3d):
     def __init__(self, width: int, factors: tuple[int, int, int]) -> None:
         super().__init__(width, width, factors, factors)
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _upsample(x, self.weight, self.bias)
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _upsample(x, self.weight, self.bias, rows)
 
 
 class ImageUpsample(nn.ConvTranspose2d):
@@ -53,8 +82,8 @@ class ImageUpsample(nn.ConvTranspose2d):
     def __init__(self, width: int, factors: tuple[int, int]) -> None:
         super().__init__(width, width, factors, factors)
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _upsample(x, self.weight[:, :, None], self.bias)
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _upsample(x, self.weight[:, :, None], self.bias, rows)
 
 
 class Decoder(nn.Module):
@@ -66,17 +95,22 @@ class Decoder(nn.Module):
         self.fuse = nn.Linear(width + width // 2, width)
         self.double_time = double_time
 
-    def forward(self, stage3: Tensor, stage4: Tensor) -> Tensor:
-        """(B, t, g, g, K/2), (B, t, g/2, g/2, K) -> (B, t or T, g, g, K), before the shared norm."""
-        up = self.upsample(stage4)
-        if up.shape[:-1] != stage3.shape[:-1]:
+    def forward(self, stage3: Tensor, stage4: Tensor, rows: HiddenRows | None = None) -> Tensor:
+        """(B, t, g, g, K/2), (B, t, g/2, g/2, K) -> (B, t or T, g, g, K), or (M, K) of the given rows only; before the
+        shared norm.
+        """
+        doubled = tuple(2 * side for side in stage4.shape[2:4])
+        if stage3.shape[2:4] != doubled:
             raise ConfigError(
-                f"stage 3 has the grid {tuple(stage3.shape[2:4])} but stage 4 doubles to {tuple(up.shape[2:4])}; "
+                f"stage 3 has the grid {tuple(stage3.shape[2:4])} but stage 4 doubles to {doubled}; "
                 "choose a view size that is a multiple of 32 pixels"
             )
+        up = self.upsample(stage4, None if rows is None else rows.corners)
+        if rows is not None:
+            stage3 = stage3.flatten(0, 3).index_select(0, rows.cells)
         # eq. 1 writes F4 first; the official weights expect F3 first
         x = self.fuse(torch.cat([stage3, up], dim=-1))
-        return x if self.double_time is None else self.double_time(x)
+        return x if self.double_time is None else self.double_time(x, None if rows is None else rows.frames)
 
 
 class Bevt(nn.Module):
@@ -118,34 +152,52 @@ class Bevt(nn.Module):
         nn.init.trunc_normal_(self.mask_token.vector, std=0.02)
 
     def clip_features(
-        self, pixels: Float[Tensor, "B 3 T H W"], mask: Bool[Tensor, "B t gh gw"] | None = None
-    ) -> Float[Tensor, "B T gh gw K"]:
-        """Clips, hidden where the mask is True, to decoder features of every frame's cells, after the shared norm."""
+        self,
+        pixels: Float[Tensor, "B 3 T H W"],
+        mask: Bool[Tensor, "B t gh gw"] | None = None,
+        rows: HiddenRows | None = None,
+    ) -> Float[Tensor, "B T gh gw K"] | Float[Tensor, "M K"]:
+        """Clips, hidden where the mask is True, to decoder features of every frame's cells, after the shared norm; with
+        `rows` (of that mask, and `config.patch[0]` frames) those of the hidden positions only.
+        """
         if self.clip_decoder is None:
             raise ConfigError("this model was built without the stream 'clips'")
         _check_sides(pixels, mask)
         features = self.encoder.stages(pixels, mask, None if mask is None else self.mask_token())
-        return self.encoder.norm(self.clip_decoder(features[2], features[3]))
+        return self.encoder.norm(self.clip_decoder(features[2], features[3], rows))
 
     def image_features(
-        self, pixels: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B gh gw"] | None = None
-    ) -> Float[Tensor, "B gh gw K"]:
-        """Images, hidden where the mask is True, to decoder features of every cell, after the shared norm."""
+        self,
+        pixels: Float[Tensor, "B 3 H W"],
+        mask: Bool[Tensor, "B gh gw"] | None = None,
+        rows: HiddenRows | None = None,
+    ) -> Float[Tensor, "B gh gw K"] | Float[Tensor, "M K"]:
+        """Images, hidden where the mask is True, to decoder features of every cell, after the shared norm; with `rows`
+        (of that mask) those of the hidden cells only.
+        """
         if self.image_decoder is None:
             raise ConfigError("this model was built without the stream 'images'")
         _check_sides(pixels, mask)
         tokens = cast(Stem, self.image_stem)(pixels, mask, None if mask is None else self.mask_token())
         features = self.encoder.stages_of(tokens[:, None], self.image_attention)
-        return self.encoder.norm(self.image_decoder(features[2], features[3]))[:, 0]
+        decoded = self.encoder.norm(self.image_decoder(features[2], features[3], rows))
+        return decoded[:, 0] if rows is None else decoded
 
 
-def _upsample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, t, h, w, K) times (K, K', p, q, r) -> (B, t p, h q, w r, K'): a token becomes a block of p q r tokens."""
-    (batch, t, h, w, _), (_, width, p, q, r) = x.shape, weight.shape
+def _upsample(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+    """(B, t, h, w, K) times (K, K', p, q, r) -> (B, t p, h q, w r, K'): a token becomes a block of p q r tokens.
+
+    With `rows`, flat indices into (tokens of x, p, q, r), only those tokens: (len(rows), K').
+    """
+    _, width, p, q, r = weight.shape
     # the kernel's axes go before the channels, so that a block's outputs are whole vectors
     blocks = x @ weight.permute(0, 2, 3, 4, 1).flatten(1)
-    blocks = blocks.view(batch, t, h, w, p, q, r, width).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    out = blocks.reshape(batch, t * p, h * q, w * r, width)
+    if rows is not None:
+        out = blocks.view(-1, width).index_select(0, rows)
+    else:
+        batch, t, h, w, _ = x.shape
+        blocks = blocks.view(batch, t, h, w, p, q, r, width).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        out = blocks.reshape(batch, t * p, h * q, w * r, width)
     return out if bias is None else out + bias
 
 

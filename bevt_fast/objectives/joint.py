@@ -1,6 +1,7 @@
 """Masked visual token modelling on both streams at once: what the engine wraps (BEVT eq. 2 to 5; SPEC 4)."""
 
 import sys
+from collections.abc import Callable
 from typing import SupportsFloat
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets
 from bevt_fast.errors import ConfigError
-from bevt_fast.models.bevt import Bevt
+from bevt_fast.models.bevt import Bevt, HiddenRows, hidden_rows
 from bevt_kernels import masked_cross_entropy
 
 
@@ -30,36 +31,41 @@ class JointObjective(nn.Module):
         positions (SPEC X9). Accuracies are always those of this micro-batch.
         """
         image_count, clip_count = hidden if hidden is not None else (None, None)
-        image, image_accuracy = self._image_loss(batch.images, targets.images, image_count)
-        clip, clip_accuracy = self._clip_loss(batch.clips, targets.clips, clip_count)
+        images, clips, model = batch.images, batch.clips, self.model
+        # both before either encoder: to count rows is to wait for what was enqueued before
+        image_rows = hidden_rows(images.mask) if images else None
+        clip_rows = hidden_rows(clips.mask, model.config.patch[0]) if clips else None
+        image_ids = _hidden_ids("images", targets.images, image_rows)
+        clip_ids = _hidden_ids("clips", targets.clips, clip_rows)
+        image, image_accuracy = self._loss(model.image_features, images, image_rows, image_ids, image_count)
+        clip, clip_accuracy = self._loss(model.clip_features, clips, clip_rows, clip_ids, clip_count)
         total = self.image_weight * image + self.clip_weight * clip
         return Losses(total, image, clip, image_accuracy, clip_accuracy)
 
-    def _image_loss(self, images: Images | None, ids: Tensor | None, count: SupportsFloat | None):
-        if images is None:
-            return self._nothing()
-        if ids is None:
-            raise ConfigError("the batch has images but no targets for them; tokenize them first")
-        features = self.model.image_features(images.pixels, images.mask)  # (B, g, g, K)
-        loss, accuracy = masked_cross_entropy(features, self.model.head, ids, images.mask)
-        return _weigh(loss, images.mask, count), accuracy
-
-    def _clip_loss(self, clips: Clips | None, ids: Tensor | None, count: SupportsFloat | None):
-        if clips is None:
-            return self._nothing()
-        if ids is None:
-            raise ConfigError("the batch has clips but no targets for them; tokenize them first")
-        features = self.model.clip_features(clips.pixels, clips.mask)  # (B, T, g, g, K)
-        # both frames of a tubelet hide together, so the mask has T/2 planes while the targets have T
-        mask = clips.mask.repeat_interleave(features.shape[1] // clips.mask.shape[1], dim=1)
-        loss, accuracy = masked_cross_entropy(features, self.model.head, ids, mask)
-        return _weigh(loss, mask, count), accuracy
-
-    def _nothing(self) -> tuple[Tensor, Tensor]:
-        zero = torch.zeros((), device=self.model.head.weight.device)
-        return zero, zero
+    def _loss(
+        self,
+        features_of: Callable[..., Tensor],
+        stream: Images | Clips | None,
+        rows: HiddenRows | None,
+        ids: Tensor | None,
+        count: SupportsFloat | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of one stream; `count` as in `forward`."""
+        if stream is None or ids is None:
+            zero = torch.zeros((), device=self.model.head.weight.device)
+            return zero, zero
+        features = features_of(stream.pixels, stream.mask, rows)  # (M, K)
+        loss, accuracy = masked_cross_entropy(features, self.model.head, ids, torch.ones_like(ids, dtype=torch.bool))
+        # a mean over M positions, as a share of `count`
+        return loss if count is None else loss * (len(ids) / max(float(count), sys.float_info.min)), accuracy
 
 
-def _weigh(loss: Tensor, mask: Tensor, count: SupportsFloat | None) -> Tensor:
-    """The mean over the mask as a share of `count` positions; untouched without one."""
-    return loss if count is None else loss * (float(mask.sum()) / max(float(count), sys.float_info.min))
+def _hidden_ids(stream: str, ids: Tensor | None, rows: HiddenRows | None) -> Tensor | None:
+    """(B, [T,] g, g) -> (M,), in the order of the rows. Raises ConfigError for targets of another grid, or none."""
+    if rows is None:
+        return None
+    if ids is None:
+        raise ConfigError(f"the batch has {stream} but no targets for them; tokenize them first")
+    if ids.shape != rows.grid:
+        raise ConfigError(f"the targets of the {stream} are {tuple(ids.shape)}, but their masks cover {rows.grid}")
+    return ids.flatten().index_select(0, rows.positions)

@@ -5,7 +5,7 @@ returns integers.
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from bevt_fast.config import Part, open_part
@@ -17,8 +17,12 @@ class Tokenizer(Protocol):
     vocab_size: int
     cell: int
 
-    def __call__(self, pixels: Float[Tensor, "*B 3 H W"]) -> Int64[Tensor, "*B h w"]:
-        """Pixels in [0.1, 0.9] (SPEC 3.2) to ids; h = H / cell."""
+    def __call__(
+        self, token_pixels: Float[Tensor, "*B 3 H W"], hidden: Bool[Tensor, "*B h w"] | None = None
+    ) -> Int64[Tensor, "*B h w"]:
+        """Pixels in [0.1, 0.9] (SPEC 3.2) to ids; h = H / cell. With `hidden` only cells where it is True are named,
+        the others are 0, and a frame that hides nothing costs nothing.
+        """
         ...
 
     def to(self, device: torch.device) -> "Tokenizer":

@@ -7,10 +7,10 @@ turns it into safetensors once, which loads faster and can carry nothing but ten
 import math
 from collections import OrderedDict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.errors import DataError
-from bevt_fast.tokenizers import _restricted_pickle, _weights_file
+from bevt_fast.tokenizers import _frames, _restricted_pickle, _weights_file
+from bevt_kernels import codebook_argmax
 
 PUBLISHED = "https://cdn.openai.com/dall-e/encoder.pkl"
 FORMAT = "dall_e.encoder"
@@ -96,6 +97,34 @@ class Dalle(nn.Module):
     @torch.no_grad()
     def logits(self, token_pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N V h w"]:
         """Score of every id for every cell, float32. Raises ValueError for pixels not float32 or not in whole cells."""
+        with torch.autocast(token_pixels.device.type, enabled=False):
+            return self._output(self._features(token_pixels))
+
+    @torch.no_grad()
+    def forward(
+        self, token_pixels: Float[Tensor, "*B 3 H W"], hidden: Bool[Tensor, "*B h w"] | None = None
+    ) -> Int64[Tensor, "*B h w"]:
+        """Pixels in [0.1, 0.9] to ids, any leading dimensions; of equal scores the first id wins. With `hidden` only
+        those cells, and 0 elsewhere.
+        """
+        # the widest layer takes 12.8 MB a 112-pixel frame: few at a time stay near a CPU's caches
+        chunk = 64 if token_pixels.is_cuda else 4
+        return _frames.name_cells(self._name, token_pixels, hidden, self.cell, chunk)
+
+    def _name(self, token_pixels: Tensor, hidden: Tensor | None) -> Tensor:
+        with torch.autocast(token_pixels.device.type, enabled=False):
+            cells = self._features(token_pixels).movedim(1, -1).contiguous()  # (N, h, w, K)
+            # float32 like `Convolution(exact=True)`
+            return codebook_argmax(cells.float(), self._output.w.flatten(1), self._output.b, hidden)
+
+    @property
+    def _output(self) -> Convolution:
+        return cast(Convolution, self.blocks.get_submodule("output.conv"))
+
+    def _features(self, token_pixels: Tensor) -> Tensor:
+        """What the last convolution reads, (N, K, h, w). The precision is part of the tokenizer's definition: callers
+        switch a surrounding autocast off.
+        """
         if token_pixels.dtype != torch.float32:
             raise ValueError(f"the tokenizer reads float32 pixels in [0.1, 0.9] (SPEC 3.2), got {token_pixels.dtype}")
         channels, height, width = token_pixels.shape[-3:]
@@ -103,19 +132,7 @@ class Dalle(nn.Module):
             raise ValueError(
                 f"the tokenizer reads 3 channels, sides in multiples of {self.cell}; got {channels}x{height}x{width}"
             )
-        # the precision is part of the tokenizer's definition, so a surrounding autocast does not count
-        with torch.autocast(token_pixels.device.type, enabled=False):
-            return self.blocks(token_pixels)
-
-    @torch.no_grad()
-    def forward(self, token_pixels: Float[Tensor, "*B 3 H W"]) -> Int64[Tensor, "*B h w"]:
-        """Pixels in [0.1, 0.9] to ids, any leading dimensions; of equal scores the first id wins."""
-        *leading, _, height, width = token_pixels.shape
-        # the widest layer takes 12.8 MB a 112-pixel frame: few at a time stay near a CPU's caches
-        chunk = 64 if token_pixels.is_cuda else 4
-        frames = token_pixels.flatten(0, -4) if leading else token_pixels[None]
-        ids = [self.logits(part).argmax(1) for part in frames.split(chunk)]
-        return torch.cat(ids).reshape(*leading, height // self.cell, width // self.cell)
+        return functional.relu(self.blocks[:-1](token_pixels))
 
     def save(self, path: str | Path) -> None:
         """Write safetensors, whole or not at all. Raises DataError where that cannot be done."""

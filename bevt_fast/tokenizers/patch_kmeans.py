@@ -1,6 +1,6 @@
 """k-means over 8 x 8 pixel cells: a tokenizer fitted in about a second, whose centroids draw what an id looks like.
 
-A cell's nearest centroid is the largest of 2 x.c - |c|^2, so one stride-8 convolution and an argmax find it. Pixels
+A cell's nearest centroid is the largest of 2 x.c - |c|^2, so one linear layer on cells and an argmax find it. Pixels
 come from 8-bit pictures and centroids are whole grey levels, both shifted by 128: every product and sum is a whole
 number below 2^24, which float32 holds exactly. Hence the same ids, and the same fit, for any device, thread count or
 batch.
@@ -10,14 +10,15 @@ import random
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.errors import DataError
-from bevt_fast.tokenizers import _weights_file
+from bevt_fast.tokenizers import _frames, _weights_file
+from bevt_kernels import codebook_argmax
 
 CELL = 8
 FORMAT = "bevt_fast.patch_kmeans/1"
@@ -46,24 +47,26 @@ class PatchKMeans(nn.Module):
     @torch.no_grad()
     def logits(self, token_pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N V h w"]:
         """2 x.c - |c|^2 in squared grey levels. Raises ValueError for pixels not float32 or not in whole cells."""
-        if token_pixels.dtype != torch.float32:
-            raise ValueError(f"the tokenizer reads float32 pixels in [0.1, 0.9] (SPEC 3.2), got {token_pixels.dtype}")
-        channels, height, width = token_pixels.shape[-3:]
-        if channels != 3 or height % CELL or width % CELL:
-            raise ValueError(
-                f"the tokenizer reads 3 channels, sides in multiples of {CELL}; got {channels}x{height}x{width}"
-            )
-        centroids = self.centroids.float() - 128
         with torch.autocast(token_pixels.device.type, enabled=False):
-            return functional.conv2d(_levels(token_pixels), 2 * centroids, -centroids.square().sum((1, 2, 3)), CELL)
+            return functional.linear(_cells(token_pixels), *self._codebook()).movedim(-1, 1)
 
     @torch.no_grad()
-    def forward(self, token_pixels: Float[Tensor, "*B 3 H W"]) -> Int64[Tensor, "*B h w"]:
-        """Pixels in [0.1, 0.9] to ids, any leading dimensions; of equally near centroids the first wins."""
-        *leading, _, height, width = token_pixels.shape
-        frames = token_pixels.flatten(0, -4) if leading else token_pixels[None]
-        ids = [self.logits(part).argmax(1) for part in frames.split(64)]
-        return torch.cat(ids).reshape(*leading, height // CELL, width // CELL)
+    def forward(
+        self, token_pixels: Float[Tensor, "*B 3 H W"], hidden: Bool[Tensor, "*B h w"] | None = None
+    ) -> Int64[Tensor, "*B h w"]:
+        """Pixels in [0.1, 0.9] to ids, any leading dimensions; of equally near centroids the first wins. With `hidden`
+        only those cells, and 0 elsewhere.
+        """
+        return _frames.name_cells(self._name, token_pixels, hidden, CELL, 64)
+
+    def _name(self, token_pixels: Tensor, hidden: Tensor | None) -> Tensor:
+        with torch.autocast(token_pixels.device.type, enabled=False):
+            return codebook_argmax(_cells(token_pixels), *self._codebook(), hidden)
+
+    def _codebook(self) -> tuple[Tensor, Tensor]:
+        """Weight (V, 192) and bias (V,) of the linear layer."""
+        centroids = self.centroids.flatten(1).float() - 128
+        return 2 * centroids, -centroids.square().sum(1)
 
     @torch.no_grad()
     def decode(self, ids: Int64[Tensor, "*B h w"]) -> Float[Tensor, "*B 3 H W"]:
@@ -96,8 +99,7 @@ def fit(
     if height % CELL or width % CELL:
         raise ValueError(f"views of {height} x {width} pixels are not made of {CELL}-pixel cells")
     total = n * (height // CELL) * (width // CELL)
-    blocks = views.view(n, 3, height // CELL, CELL, width // CELL, CELL)
-    rows = blocks.permute(0, 2, 4, 1, 3, 5).reshape(total, -1)  # (cells, 192)
+    rows = _unfold(views).reshape(total, -1)
     if total > cells:
         rows = rows[sorted(rng.sample(range(total), cells))]
     start = _start(rows, vocab_size, rng)
@@ -148,6 +150,25 @@ def build(options: Options) -> PatchKMeans:
 def _levels(pixels: Tensor) -> Tensor:
     """Token pixels back to grey levels less 128, whole numbers in [-128, 127] (the inverse of SPEC 3.2's map)."""
     return ((pixels - 0.1) * (255 / 0.8)).round_().clamp_(0, 255) - 128
+
+
+def _cells(token_pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) token pixels -> (N, h, w, 192) whole numbers. Raises ValueError for what it cannot read."""
+    if token_pixels.dtype != torch.float32:
+        raise ValueError(f"the tokenizer reads float32 pixels in [0.1, 0.9] (SPEC 3.2), got {token_pixels.dtype}")
+    channels, height, width = token_pixels.shape[-3:]
+    if channels != 3 or height % CELL or width % CELL:
+        raise ValueError(
+            f"the tokenizer reads 3 channels, sides in multiples of {CELL}; got {channels}x{height}x{width}"
+        )
+    return _unfold(_levels(token_pixels))
+
+
+def _unfold(pictures: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, h, w, 192): every cell a row, in the order of a centroid's pixels."""
+    n, _, height, width = pictures.shape
+    blocks = pictures.reshape(n, 3, height // CELL, CELL, width // CELL, CELL)
+    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 def _pixels(levels: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
 """The joint objective: both streams, either one, nothing hidden, and the two ways to take the mean."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bevt_fast.data.batch import Clips, Images, JointBatch, Targets
 from bevt_fast.errors import ConfigError
-from bevt_fast.models.bevt import Bevt
+from bevt_fast.models.bevt import Bevt, hidden_rows
 from bevt_fast.models.video_swin import VideoSwinConfig
 from bevt_fast.objectives.joint import JointObjective
+from bevt_kernels import masked_cross_entropy
+from bevt_kernels.exactness import assert_as_exact_as_torch
 
 SHAPE = VideoSwinConfig(embed_dim=8, depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), window=(2, 3, 3), drop_path=0.0)
 VOCABULARY = 11
@@ -113,3 +117,107 @@ def test_a_stream_without_targets_is_named():
     batch, targets = _batch()
     with pytest.raises(ConfigError, match="has clips but no targets"):
         _objective()(batch, Targets(targets.images, None))
+
+
+# -- hidden rows only --------------------------------------------------------------------------------------------------
+
+MASKS = {
+    "some": lambda *shape: torch.rand(shape) < 0.4,
+    "one corner": lambda *shape: torch.zeros(shape, dtype=torch.bool).index_fill_(
+        -1, torch.tensor([shape[-1] - 1]), True
+    ),
+    "one sample": lambda *shape: torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape) == 1,
+    "all": lambda *shape: torch.ones(shape, dtype=torch.bool),
+    "none": lambda *shape: torch.zeros(shape, dtype=torch.bool),
+}
+
+
+def _by_all_positions(objective, batch, targets):
+    """The same losses from features of every position."""
+    model, masks = objective.model, (batch.images.mask, batch.clips.mask.repeat_interleave(2, dim=1))
+    features = (
+        model.image_features(batch.images.pixels, batch.images.mask),
+        model.clip_features(batch.clips.pixels, batch.clips.mask),
+    )
+    return [masked_cross_entropy(x, model.head, ids, mask) for x, ids, mask in zip(features, targets, masks)]
+
+
+def _odd_batch(mask, dtype) -> Any:
+    """Clips of 3 time steps, sides that differ."""
+    image_mask, clip_mask = mask(3, 4, 6), mask(2, 3, 6, 2)
+    images = Images(torch.randn(3, 3, 64, 96, dtype=dtype), torch.empty(0), image_mask)
+    clips = Clips(torch.randn(2, 3, 6, 96, 32, dtype=dtype), torch.empty(0), clip_mask)
+    ids = torch.randint(VOCABULARY, (3, 4, 6)), torch.randint(VOCABULARY, (2, 6, 6, 2))
+    return JointBatch(images, clips), Targets(*ids)
+
+
+def _gradients(objective, loss):
+    objective.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in objective.named_parameters()}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_hidden_rows_give_the_losses_and_gradients_of_all_positions(mask):
+    objective = _objective().double()
+    batch, targets = _odd_batch(mask, torch.float64)
+    losses = objective(batch, targets)
+    gradients = _gradients(objective, losses.total)
+    (image, image_accuracy), (clip, clip_accuracy) = _by_all_positions(objective, batch, targets)
+    expected = _gradients(objective, image + clip)
+    torch.testing.assert_close(losses[1:], (image, clip, image_accuracy, clip_accuracy), rtol=1e-12, atol=0)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-11, atol=1e-13), name
+
+
+def test_hidden_rows_are_as_exact_as_all_positions_in_float32():
+    objective = _objective()
+    batch, targets = _odd_batch(MASKS["some"], torch.float32)
+    rows = _gradients(objective, objective(batch, targets).total)
+    eager = _gradients(objective, sum(loss for loss, _ in _by_all_positions(objective, batch, targets)))
+    objective.double()
+    exact = JointBatch(*(stream._replace(pixels=stream.pixels.double()) for stream in batch))
+    truth = _gradients(objective, sum(loss for loss, _ in _by_all_positions(objective, exact, targets)))
+    for name in truth:
+        assert_as_exact_as_torch(name, rows[name], eager[name], truth[name])
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_rows_come_in_the_order_of_the_mask(mask):
+    model = _objective().model.double()
+    batch, _ = _odd_batch(mask, torch.float64)
+    for stream, features_of, frames in ((batch.images, model.image_features, 1), (batch.clips, model.clip_features, 2)):
+        rows = hidden_rows(stream.mask, frames)
+        everywhere = stream.mask.repeat_interleave(frames, dim=1) if frames > 1 else stream.mask
+        with torch.no_grad():
+            whole, some = (features_of(stream.pixels, stream.mask, r) for r in (None, rows))
+        assert rows.grid == everywhere.shape == whole.shape[:-1]
+        assert torch.equal(rows.positions, everywhere.flatten().nonzero().flatten())
+        torch.testing.assert_close(some, whole[everywhere], rtol=1e-12, atol=1e-13)
+
+
+def test_the_hidden_rows_are_counted_once_and_first():
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    objective, (batch, targets) = _objective(), _batch()
+    with Calls() as calls:
+        objective(batch, targets, hidden=(3, 5))
+    assert calls.names.count("nonzero") == 2
+    assert max(place for place, name in enumerate(calls.names) if name == "nonzero") < calls.names.index("convolution")
+    assert "_local_scalar_dense" not in calls.names[calls.names.index("convolution") :]
+
+
+def test_targets_of_another_grid_are_named():
+    batch, targets = _batch()
+    assert targets.clips is not None
+    fewer = Targets(targets.images, targets.clips[:, ::2])
+    sentence = r"targets of the clips are \(2, 2, 4, 4\), but their masks cover \(2, 4, 4, 4\)"
+    with pytest.raises(ConfigError, match=sentence):
+        _objective()(batch, fewer)
