@@ -35,9 +35,13 @@ def _all_dtypes():
 
 
 def _small(dtypes=DTYPES):
-    """Every small case once, in alternating dtypes."""
-    cases = [(name, place, case) for name, module in FILES.items() for place, case in enumerate(small_cases(module))]
+    """Every small case once, in alternating dtypes; without those that take the interpreter many seconds."""
+    cases = [(name, place, case) for name, module in FILES.items() for place, case in enumerate(_smallest(module))]
     return [_parameter(name, case, dtypes[i % len(dtypes)], on) for name, i, case in cases for on in ("cpu", "cuda")]
+
+
+def _smallest(module):
+    return [case for case in small_cases(module) if answers.arguments_of(module, case, DTYPES[0])[0].numel() < 50_000]
 
 
 def _in_turns(choices):
@@ -221,12 +225,11 @@ def test_a_kernel_file_has_its_parts(name: str):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_case_can_be_rehearsed(name: str, dtype: torch.dtype):
+def test_every_case_can_be_rehearsed(name: str):
     """On meta tensors, so that `compile_check` sees what a GPU would be given."""
-    for case in getattr(FILES[name], "CASES", []):
-        with runtime.recording(90) as launches:
-            FILES[name].rehearse(case, dtype)
+    for place, case in enumerate(getattr(FILES[name], "CASES", [])):
+        with runtime.recording((80, 90, 100)[place % 3]) as launches:
+            FILES[name].rehearse(case, DTYPES[place % len(DTYPES)])
         assert launches, f"{name}: {case} starts no kernel"
 
 
