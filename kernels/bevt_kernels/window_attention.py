@@ -243,7 +243,7 @@ def _check(
     for name, triple in (("shift", shift), ("mask_shift", mask_shift)):
         if any(step >= size for step, size in zip(triple, used)):
             _refuse(f"{name} is {tuple(triple)}, which must be less than the window {used} on every axis")
-    rows = prod(2 * size - 1 for size in window)
+    rows = prod([2 * size - 1 for size in window])
     if bias_table.shape != (rows, qkv.shape[5]):
         _refuse(
             f"the bias table is {tuple(bias_table.shape)} but the window {tuple(window)} with {qkv.shape[5]} heads "

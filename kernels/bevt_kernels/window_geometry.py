@@ -62,7 +62,7 @@ def bias_rows(window: Triple, used: Triple, bias_index: BiasIndex, device: torch
     """
     with torch.inference_mode(False):  # a tensor made in inference mode could not serve training later
         axes = used if bias_index == "true" else window
-        places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in axes)).view(-1, 3)
+        places = torch.cartesian_prod(*[torch.arange(size, device=device) for size in axes]).view(-1, 3)
         offset = places[:, None] - places[None, :] + torch.tensor(window, device=device) - 1  # (N, N, 3)
         rows = (offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]) * (2 * window[2] - 1) + offset[..., 2]
         return rows[: prod(used), : prod(used)].contiguous()

@@ -168,7 +168,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype)), out, lse, c, separated,
         *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
-        num_warps=plan.tile // 16,
+        num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.tile**2 / plan.tokens_per_window**2),
     )  # fmt: skip
@@ -190,7 +190,7 @@ def backward(
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype), transposed=True), out, grad, lse,
         dqkv, partial, c, scale, separated, *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
-        num_warps=plan.tile // 16,
+        num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {90: 2}),
         inner=Inner(plan.tile**2, 10 * width, plan.tile**2 / plan.tokens_per_window**2),
     )  # fmt: skip
@@ -211,6 +211,11 @@ def _all(groups: int, device: torch.device) -> Tensor:
         return torch.tensor([0, groups], dtype=torch.int32, device="cpu").to(device)
 
 
+def _warps(qkv: Tensor, plan: Plan) -> int:
+    """One for 16 rows of a 16-bit product; plain float32 products need more threads to hold their operands."""
+    return plan.tile // (8 if qkv.dtype == torch.float32 else 16)
+
+
 def _sizes(qkv: Tensor, plan: Plan) -> tuple[int, int, int, int]:
     """S, nW, nH and all windows."""
     tokens = qkv.shape[1] * qkv.shape[2] * qkv.shape[3]
@@ -219,7 +224,8 @@ def _sizes(qkv: Tensor, plan: Plan) -> tuple[int, int, int, int]:
 
 def _shape(qkv: Tensor, plan: Plan) -> dict[str, int | bool]:
     # with one kind the bias tile stays in registers; sm_80 has none to spare and loads it for each window
+    resident = plan.kinds == 1 and capability(qkv.device) >= 90
     return {
         "N": plan.tokens_per_window, "D": qkv.shape[6], "DP": padded_width(qkv.shape[6]), "TILE": plan.tile,
-        "WIDE": is_wide(qkv.dtype), "ONE_KIND": plan.kinds == 1 and capability(qkv.device) >= 90, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
+        "WIDE": is_wide(qkv.dtype), "ONE_KIND": resident, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
     }  # fmt: skip

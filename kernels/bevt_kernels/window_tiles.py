@@ -550,7 +550,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         min(GROUP, max(windows, 1)),
         **_shape(plan, width, wide, blocks),
         NEGLIGIBLE=NEGLIGIBLE,
-        num_warps=4,
+        num_warps=warps(qkv),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=_inner(plan, width, blocks, 4 * width),
     )
@@ -579,18 +579,21 @@ def backward(
         _grid(plan, windows, heads),
         qkv, *geometry_, tiles, out, grad, lse, seen, delta, dqkv, c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
-        num_warps=4,
+        num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 6 * width),
     )  # fmt: skip
-    blocks = _blocks(plan, plan.tile // 4 if narrow and width > 32 else plan.tile)
+    if qkv.dtype == torch.float32 or (narrow and width > 32):
+        blocks = _blocks(plan, 16)
+    else:
+        blocks = _blocks(plan, plan.tile)
     launch(
         _backward_keys,
         _grid(plan, windows, heads),
         qkv, *geometry_, bias_tiles(table, plan, width, wide, transposed=True), grad, lse, seen, delta, dqkv,
         c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
-        num_warps=4,
+        num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 8 * width),
     )  # fmt: skip
@@ -608,7 +611,7 @@ def backward(
         c, separated, *strides(qkv), *place,
         RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=wide, MASKED=plan.masked,
         MASKED_KIND=geometry.MASKED_KIND,
-        num_warps=4,
+        num_warps=warps(qkv),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.slots**2 / plan.tokens_per_window**2),
     )  # fmt: skip
@@ -651,6 +654,14 @@ def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:
     and sm_80 reads a tile that is used both plain and transposed element by element.
     """
     return 1 if qkv.dtype == torch.float32 else by_capability.get(capability(qkv.device), 1)
+
+
+def warps(qkv: Tensor) -> int:
+    """Warps of a program: one warp group for a 64-row product. Plain float32 products spread over any number.
+
+    With eight, sm_90 would stack the warps on the rows of a 16-bit product and compute everything twice.
+    """
+    return 8 if qkv.dtype == torch.float32 else 4
 
 
 def is_wide(dtype: torch.dtype) -> bool:
