@@ -79,7 +79,8 @@ def leaves(arguments: tuple[Any, ...]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for place, argument in enumerate(arguments):
         if isinstance(argument, nn.Module):
-            found |= {f"argument {place}.{name}": value for name, value in argument.named_parameters()}
+            wanted = {name: value for name, value in argument.named_parameters() if value.requires_grad}
+            found |= {f"argument {place}.{name}": value for name, value in wanted.items()}
         elif isinstance(argument, Tensor) and argument.requires_grad:
             found[f"argument {place}"] = argument
     return found
