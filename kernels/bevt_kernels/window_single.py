@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
+from ._window_parts import _fragment, _load, _store, is_wide, padded_width, registers, scales, stages, strides
 from .relative_bias import bias_tiles, table_gradient
 from .runtime import Inner, capability, launch, tl, triton
 from .window_geometry import Plan
-from .window_tiles import _fragment, _load, _store, is_wide, padded_width, scales, stages, strides
 
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors; the backward leaves one tile of float32 per program
 
@@ -168,6 +168,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype)), out, lse, c, separated,
         *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
+        **registers(qkv),
         num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.tile**2 / plan.tokens_per_window**2),
