@@ -213,7 +213,7 @@ def test_shifted_windows_of_the_model(name):
     ids=["N18", "N72"],
 )
 def test_separated_pairs_get_minus_100_and_no_less(grid, window, shift, dtype):
-    qkv, table = _problem(grid, window, 1, 16, dtype, scale=8.0)
+    qkv, table = _problem(grid, window, 1, 16, dtype, scale=12.0)
     # where logits lie hundreds apart, whoever leaves the separated pairs out answers something else
     rows, added = brute_force.pairs(grid, window, shift, shift)
     q, k, _ = (x.detach().double().flatten(0, 2)[:, 0].cpu() for x in qkv[0].unbind(3))
