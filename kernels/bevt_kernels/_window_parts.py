@@ -67,6 +67,15 @@ def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.conste
 
 
 @triton.jit
+def _attended(first, end, begin, stop, COARSE: tl.constexpr, REST: tl.constexpr):
+    """Whether a strip with the span (first, end) met the keys begin ... stop in the forward without asking whether they
+    count: it walks blocks of COARSE slots, and all slots from REST on."""
+    lo = first // COARSE * COARSE
+    hi = (end + COARSE - 1) // COARSE * COARSE
+    return ((stop > lo) & (begin < hi)) | (stop > REST)
+
+
+@triton.jit
 def _scores(a, b, bias, c):
     """What `_power` makes p of. In 16 bits a b + bias, from accumulators that start as the bias.
 

@@ -8,7 +8,7 @@ In 16-bit models a tile element is float16 whose lowest bit says "this pair belo
 adding -100 before the rounding would cost the bias its precision. In float32 the -100 is simply added.
 """
 
-from math import e, log2
+from math import e, log2, prod
 
 import torch
 from torch import Tensor
@@ -161,7 +161,7 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
         like: the table; its shape and dtype are the result's.
     """
     heads, kinds = like.shape[1], len(first) - 1
-    elements = partial[0, 0].numel()
+    elements = prod(partial.shape[2:])
     total = torch.empty(heads, kinds, elements, dtype=torch.float32, device=partial.device)
     block = 4096
     launch(

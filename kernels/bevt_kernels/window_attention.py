@@ -93,13 +93,13 @@ def _plan(qkv: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_i
 
 def _forward(
     qkv: Tensor, bias_table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward needs beside it."""
     single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
     qkv = _even(qkv)
     if single:
         out, lse = window_single.forward(qkv, bias_table, layer)
-        return out, lse, torch.empty(0, dtype=torch.int32, device=qkv.device)
+        return out, lse, torch.empty(0, dtype=torch.int32, device=qkv.device), out.new_empty(0)
     return window_tiles.forward(qkv, bias_table, layer)
 
 
@@ -110,6 +110,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     seen: Tensor,
+    rest: Tensor,
     window: Triple,
     shift: Triple,
     mask_shift: Triple,
@@ -120,8 +121,8 @@ def _backward(
     single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
     qkv, grad = _even(qkv), grad.contiguous()
     if single:
-        return window_single.backward(grad, qkv, bias_table, out, lse, layer, table_too)
-    return window_tiles.backward(grad, qkv, bias_table, out, lse, seen, layer, table_too)
+        return window_single.backward(grad, qkv, bias_table, lse, layer, table_too)
+    return window_tiles.backward(grad, qkv, bias_table, out, lse, seen, rest, layer, table_too)
 
 
 def _even(qkv: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def _even(qkv: Tensor) -> Tensor:
 @torch.library.custom_op("bevt_kernels::window_attention", mutates_args=())
 def _fused(
     qkv: Tensor, bias_table: Tensor, window: list[int], shift: list[int], mask_shift: list[int], bias_index: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(qkv, bias_table, *_typed(window, shift, mask_shift, bias_index))
 
 
@@ -144,6 +145,7 @@ def _fused_backward(
     out: Tensor,
     lse: Tensor,
     seen: Tensor,
+    rest: Tensor,
     window: list[int],
     shift: list[int],
     mask_shift: list[int],
@@ -151,7 +153,7 @@ def _fused_backward(
     table_too: bool,
 ) -> tuple[Tensor, Tensor]:
     geometry = _typed(window, shift, mask_shift, bias_index)
-    return _backward(grad, qkv, bias_table, out, lse, seen, *geometry, table_too)
+    return _backward(grad, qkv, bias_table, out, lse, seen, rest, *geometry, table_too)
 
 
 @_fused.register_fake
@@ -165,7 +167,8 @@ def _(qkv, bias_table, window, shift, mask_shift, bias_index):
     out = qkv.new_empty(batch, *grid, heads, width)
     lse = qkv.new_empty(lse_planes(qkv.dtype), count, heads, slots, dtype=torch.float32)
     shape = (0,) if single else (count, heads, slots // tile)
-    return out, lse, qkv.new_empty(shape, dtype=torch.int32)
+    rest = qkv.new_empty(0) if single or qkv.dtype == torch.float32 else torch.empty_like(out)
+    return out, lse, qkv.new_empty(shape, dtype=torch.int32), rest
 
 
 @_fused_backward.register_fake
@@ -351,5 +354,5 @@ def rehearse(case: Case, dtype: torch.dtype) -> None:
     qkv, table, window, shift, mask_shift, bias_index = inputs(case, dtype, "meta")
     geometry = (window, shift, shift if mask_shift is None else mask_shift, bias_index)
     with torch.no_grad():
-        out, lse, seen = _forward(qkv, table, *geometry)
-        _backward(torch.empty_like(out), qkv, table, out, lse, seen, *geometry, True)
+        out, lse, seen, rest = _forward(qkv, table, *geometry)
+        _backward(torch.empty_like(out), qkv, table, out, lse, seen, rest, *geometry, True)

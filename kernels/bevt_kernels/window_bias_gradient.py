@@ -13,13 +13,13 @@ from torch import Tensor
 
 from . import window_geometry as geometry
 from ._window_parts import (
+    _attended,
     _fragment,
     _load,
     _load_share,
     _load_t,
     _power,
     _scores,
-    _visible,
     is_wide,
     padded_width,
     scales,
@@ -90,6 +90,8 @@ def _backward_bias(
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
+    COARSE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """One pair of tiles of one head, over a group of windows of one kind: bias and its gradient stay in registers."""
     STRIPS: tl.constexpr = RS // TILE
@@ -115,8 +117,11 @@ def _backward_bias(
     acc = tl.zeros((TILE, TILE), tl.float32)
     middle = end
     if MASKED:
-        lo, hi = _visible(span_ptr, kind, strip, STRIPS, TILE, STRIPS)
-        middle = tl.where((columns >= lo) & (columns < hi), end, begin)
+        span_ptr += (kind * STRIPS + strip) * 2
+        attended = _attended(
+            tl.load(span_ptr), tl.load(span_ptr + 1), columns * TILE, columns * TILE + TILE, COARSE, REST
+        )
+        middle = tl.where(attended, end, begin)
     for item in range(begin, middle):
         acc = _bias_step(
             qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row, column,
@@ -136,9 +141,11 @@ def _backward_bias(
 
 
 def gradient(
-    grad: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, seen: Tensor, delta: Tensor, tiles: Tensor, plan: Plan
-) -> Tensor:
-    """Gradient of the table; `tiles` are its bias tiles with queries as rows, `delta` is rowsum(dO * O)."""
+    grad: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, seen: Tensor, delta: Tensor, tiles: Tensor, plan: Plan,
+    forward_walk: dict[str, int],
+) -> Tensor:  # fmt: skip
+    """Gradient of the table; `tiles` are its bias tiles with queries as rows, `delta` is rowsum(dO * O), and
+    `forward_walk` says how the forward walked: COARSE and REST."""
     batch, heads, width = qkv.shape[0], qkv.shape[5], qkv.shape[6]
     c, _, separated = scales(width)
     tokens = qkv.shape[1] * qkv.shape[2] * qkv.shape[3]
@@ -153,7 +160,7 @@ def gradient(
         qkv, plan.token, plan.kind, plan.span, tiles, grad, lse, seen, delta, plan.listed, groups, partial,
         c, separated, *strides(qkv), tokens, len(plan.token), heads, batch * len(plan.token),
         RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=is_wide(qkv.dtype), MASKED=plan.masked,
-        MASKED_KIND=geometry.MASKED_KIND,
+        MASKED_KIND=geometry.MASKED_KIND, **forward_walk,
         num_warps=warps(qkv),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.slots**2 / plan.tokens_per_window**2),

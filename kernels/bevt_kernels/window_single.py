@@ -101,7 +101,6 @@ def _backward(
     token_ptr,
     kind_ptr,
     bias_ptr,  # transposed tiles: keys are rows
-    out_ptr,
     grad_ptr,  # (B, S, nH, D): dO
     lse_ptr,
     dqkv_ptr,  # (B, S, 3, nH, D)
@@ -162,11 +161,7 @@ def _backward(
         dv = tl.dot(p.to(do.dtype), do, input_precision="ieee")
         _store(out + 2 * nH * D, token * (3 * nH * D), dv, exists, D, DP)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        if q.dtype == tl.float32:  # see window_tiles._backward_queries
-            delta = tl.sum(p * dp, 0)
-        else:
-            o = _load(out_ptr + here, token * (nH * D), D, DP)
-            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        delta = tl.sum(p * dp, 0)
         ds = p * (dp - delta[None, :])
         acc += ds
         ds = ds.to(q.dtype)
@@ -201,7 +196,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, plan: Plan, table_too: bool
+    grad: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, plan: Plan, table_too: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (contiguous) and of the table (zero if not `table_too`)."""
     batch, *_, heads, width = qkv.shape
@@ -212,7 +207,7 @@ def backward(
     launch(
         _backward,
         (groups * heads,),
-        qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype, transposed=True), out, grad, lse,
+        qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype, transposed=True), grad, lse,
         dqkv, partial, c, scale, separated, *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, plan),
         num_warps=_warps(qkv, plan),

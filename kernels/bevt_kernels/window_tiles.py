@@ -23,6 +23,7 @@ from torch import Tensor
 from . import window_bias_gradient
 from . import window_geometry as geometry
 from ._window_parts import (
+    _attended,
     _fragment,
     _load,
     _load_share,
@@ -93,6 +94,7 @@ def _forward(
     span_ptr,  # (kinds, RS/TILE, 2) int32
     bias_ptr,  # (kinds, nH, RS/TILE, TILE*RS)
     out_ptr,  # (B, S, nH, D)
+    rest_ptr,  # (B, S, nH, D): what rounding took from the output; 16 bits only
     lse_ptr,  # (planes, B*nW, nH, RS) float32, base 2; +inf where a slot is padding
     seen_ptr,  # (B*nW, nH, RS/TILE) int32: a key of another region counts
     c,
@@ -170,7 +172,12 @@ def _forward(
             tl.store(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip, seen)
 
         exists = offs < N
-        _store(out_ptr + b * S * nH * D + head * D, token * (nH * D), acc / total[:, None], exists, D, DP)
+        here = b * S * nH * D + head * D
+        out = acc / total[:, None]
+        _store(out_ptr + here, token * (nH * D), out, exists, D, DP)
+        if q.dtype != tl.float32:
+            out -= out.to(q.dtype).to(tl.float32)
+            _store(rest_ptr + here, token * (nH * D), out, exists, D, DP)
         lse_ptr += (window * nH + head).to(tl.int64) * RS
         _store_lse(lse_ptr, offs, total_windows * nH, m, total, exists, RS, q.dtype == tl.float32)
 
@@ -229,6 +236,7 @@ def _backward_queries(
     span_ptr,
     bias_ptr,
     out_ptr,
+    rest_ptr,
     grad_ptr,  # (B, S, nH, D): dO
     lse_ptr,
     seen_ptr,
@@ -257,6 +265,8 @@ def _backward_queries(
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
+    COARSE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     STRIPS: tl.constexpr = RS // TILE
     window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)  # pyright: ignore[reportGeneralTypeIssues]
@@ -293,8 +303,10 @@ def _backward_queries(
                     D, DP, TILE, TAIL, WIDE, MASKED,
                 )  # fmt: skip
         else:
-            o = _load(out_ptr + here, token * (nH * D), D, DP)
-            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            # with the output as it was before its rounding, which alone would put delta off by more than all of torch
+            o = _load(out_ptr + here, token * (nH * D), D, DP).to(tl.float32)
+            o += _load(rest_ptr + here, token * (nH * D), D, DP).to(tl.float32)
+            delta = tl.sum(o * do.to(tl.float32), 1)
         tl.store(delta_ptr + row + offs, delta)
         dq = tl.zeros((TILE, DP), tl.float32)
 
@@ -312,9 +324,12 @@ def _backward_queries(
                 delta, dq, c, D, DP, TILE, TAIL, WIDE, MASKED,
             )  # fmt: skip
         if MASKED:
-            if tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0:
-                for i in tl.range(0, FULL - (hi - lo), num_stages=1):
-                    j = tl.where(i < lo, i, i + hi - lo)
+            seen = tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0
+            first = tl.load(span_ptr + (kind * STRIPS + strip) * 2)
+            end = tl.load(span_ptr + (kind * STRIPS + strip) * 2 + 1)
+            for i in tl.range(0, FULL - (hi - lo), num_stages=1):
+                j = tl.where(i < lo, i, i + hi - lo)
+                if seen | _attended(first, end, j * BLOCK, j * BLOCK + BLOCK, COARSE, REST):
                     dq = _query_step(
                         k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, share,
                         delta, dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
@@ -384,6 +399,8 @@ def _backward_keys(
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
+    COARSE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     STRIPS: tl.constexpr = RS // TILE
     window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)  # pyright: ignore[reportGeneralTypeIssues]
@@ -423,7 +440,11 @@ def _backward_keys(
             seen_ptr += (window * nH + head).to(tl.int64) * STRIPS
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
-                if tl.load(seen_ptr + j * BLOCK // TILE) != 0:
+                queries = j * BLOCK // TILE
+                first = tl.load(span_ptr + (kind * STRIPS + queries) * 2)
+                end = tl.load(span_ptr + (kind * STRIPS + queries) * 2 + 1)
+                attended = _attended(first, end, strip * TILE, strip * TILE + TILE, COARSE, REST)
+                if (tl.load(seen_ptr + queries) != 0) | attended:
                     dk, dv = _key_step(
                         qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, j * BLOCK, masked, separated,
                         stride_s, nH, total_windows * nH, c, k, v, dk, dv, RS, D, DP, TILE, BLOCK, WIDE, MASKED,
@@ -434,18 +455,16 @@ def _backward_keys(
         _store(out + 2 * nH * D, token * (3 * nH * D), dv, offs < N, D, DP)
 
 
-def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output (B, t, h, w, nH, d), the log-sum-exps (planes, B*nW, nH, RS) and `seen` (B*nW, nH, RS/tile)."""
     batch, *grid, _, heads, width = qkv.shape
     windows = batch * len(plan.token)
     out = torch.empty(batch, *grid, heads, width, dtype=qkv.dtype, device=qkv.device)
+    rest = torch.empty_like(out) if qkv.dtype != torch.float32 else out.new_empty(0)
     lse = torch.empty(lse_planes(qkv.dtype), windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
     seen = torch.empty(windows, heads, plan.slots // plan.tile, dtype=torch.int32, device=qkv.device)
     wide = is_wide(qkv.dtype)
-    block = plan.tile if width > 32 or (capability(qkv.device) < 90 and wide) else 2 * plan.tile
-    if plan.masked and capability(qkv.device) >= 100:
-        block //= 2  # the code that skips regions takes the registers
-    blocks = _blocks(plan, block)
+    blocks = _forward_blocks(qkv, plan)
     launch(
         _forward,
         _grid(plan, windows, heads),
@@ -455,6 +474,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         plan.span,
         bias_tiles(table, plan, width, qkv.dtype),
         out,
+        rest,
         lse,
         seen,
         scales(width)[0],
@@ -472,11 +492,19 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=_inner(plan, width, blocks, 4 * width),
     )
-    return out, lse, seen
+    return out, lse, seen, rest
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, seen: Tensor, plan: Plan, table_too: bool
+    grad: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor,
+    rest: Tensor,
+    plan: Plan,
+    table_too: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (contiguous) and of the table (zero if not `table_too`)."""
     batch, *grid, _, heads, width = qkv.shape
@@ -485,6 +513,8 @@ def backward(
     delta = torch.empty_like(lse[0])
     wide = is_wide(qkv.dtype)
     tiles = bias_tiles(table, plan, width, qkv.dtype)
+    coarse, full, _ = _forward_blocks(qkv, plan)
+    forward_walk = {"COARSE": coarse, "REST": coarse * full}
     c, scale, separated = scales(width)
     place = (prod(grid), len(plan.token), heads)
     geometry_ = (plan.token, plan.kind, plan.span)
@@ -495,8 +525,10 @@ def backward(
     launch(
         _backward_queries,
         _grid(plan, windows, heads),
-        qkv, *geometry_, tiles, out, grad, lse, seen, delta, dqkv, c, scale, separated, *strides(qkv), *place, *order,
+        qkv, *geometry_, tiles, out, rest, grad, lse, seen, delta, dqkv,
+        c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
+        **forward_walk,
         **registers(qkv),
         num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
@@ -512,13 +544,22 @@ def backward(
         qkv, *geometry_, bias_tiles(table, plan, width, qkv.dtype, transposed=True), grad, lse, seen, delta, dqkv,
         c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
+        **forward_walk,
         num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 8 * width),
     )  # fmt: skip
     if not table_too:
         return dqkv, torch.zeros_like(table)
-    return dqkv, window_bias_gradient.gradient(grad, qkv, table, lse, seen, delta, tiles, plan)
+    return dqkv, window_bias_gradient.gradient(grad, qkv, table, lse, seen, delta, tiles, plan, forward_walk)
+
+
+def _forward_blocks(qkv: Tensor, plan: Plan) -> tuple[int, int, int]:
+    """The blocks of the forward, which the backward must know to meet the same pairs."""
+    wide, chip = is_wide(qkv.dtype), capability(qkv.device)
+    block = plan.tile if qkv.shape[6] > 32 or (chip < 90 and wide) else 2 * plan.tile
+    # on sm_100 the code that skips regions takes the registers
+    return _blocks(plan, block // 2 if plan.masked and chip >= 100 else block)
 
 
 def _blocks(plan: Plan, block: int) -> tuple[int, int, int]:
