@@ -79,8 +79,8 @@ def _attended(first, end, begin, stop, COARSE: tl.constexpr, REST: tl.constexpr)
 def _scores(a, b, bias, c):
     """What `_power` makes p of. In 16 bits a b + bias, from accumulators that start as the bias.
 
-    In float32 that would round every partial sum as coarsely as the largest bias. There it is (a b) c + bias, with
-    bias tiles that are already in base 2; see relative_bias.bias_tiles.
+    In float32 that would round every partial sum as coarsely as the largest bias: there it is the logit,
+    (a b) c + bias.
     """
     if a.dtype == tl.float32:
         return tl.dot(a, b, input_precision="ieee") * c + bias
@@ -90,9 +90,10 @@ def _scores(a, b, bias, c):
 
 @triton.jit
 def _power(x, m, c, EXACT: tl.constexpr):
-    """2**(x c - m) of 16-bit scores, a multiply-add and an exponential; EXACT scores are in base 2 already."""
+    """2**(x c - m) of 16-bit scores, a multiply-add and an exponential. EXACT takes the difference of logits first, so
+    that nothing as large as a logit is rounded once more."""
     if EXACT:
-        return tl.exp2(x - m)
+        return tl.exp2((x - m) * 1.4426950408889634)
     else:
         return tl.exp2(x * c - m)
 
@@ -152,18 +153,20 @@ def registers(qkv: Tensor) -> dict[str, int]:
     return {"maxnreg": 168} if capability(qkv.device) >= 100 and qkv.dtype != torch.float32 else {}
 
 
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether the bias tiles are float32. A float16 bias is finer than the roundings of bfloat16, not than its own."""
-    return dtype != torch.bfloat16
+def is_wide(dtype: torch.dtype, table: torch.dtype) -> bool:
+    """Whether the bias tiles are float32. A bfloat16 table loses little in a float16 tile, which has two bits more; a
+    finer table would lose what its gradient can show."""
+    return not dtype == table == torch.bfloat16
 
 
 def padded_width(width: int) -> int:
     return max(16, power_of_2(width))
 
 
-def scales(width: int) -> tuple[float, float, float]:
-    """c, width**-0.5, and -100 as the accumulator holds it."""
-    return width**-0.5 * log2(e), width**-0.5, geometry.SEPARATED * width**0.5
+def scales(width: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """c (see `_scores`), width**-0.5, and -100 as a 16-bit accumulator holds it."""
+    scale = width**-0.5
+    return scale * (1.0 if dtype == torch.float32 else log2(e)), scale, geometry.SEPARATED / scale
 
 
 def strides(qkv: Tensor) -> tuple[int, int, int, int]:

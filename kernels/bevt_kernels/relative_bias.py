@@ -8,7 +8,7 @@ In 16-bit models a tile element is float16 whose lowest bit says "this pair belo
 adding -100 before the rounding would cost the bias its precision. In float32 the -100 is simply added.
 """
 
-from math import e, log2, prod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -119,11 +119,11 @@ def _table_gradient(
 def bias_tiles(table: Tensor, plan: Plan, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """The bias of every kind of window and head as tiles: (kinds, nH, RS/tile, tile*RS).
 
-    Times width**0.5 for 16-bit kernels, which scale the sum of q k^T and this; in base 2 for `exact` ones, which add
-    it to the scaled product (see _window_parts._scores).
+    Times width**0.5 for 16-bit kernels, which scale the sum of q k^T and this; as it is for float32 ones, which add it
+    to the scaled product (see _window_parts._scores).
     """
-    wide, exact = is_wide(dtype), dtype == torch.float32
-    factor = log2(e) if exact else width**0.5
+    wide = is_wide(dtype, table.dtype)
+    factor = 1.0 if dtype == torch.float32 else width**0.5
     index = plan.bias_t if transposed else plan.bias
     heads, elements = table.shape[1], index[0].numel()
     shape = (plan.kinds, heads, index.shape[1], index.shape[2])

@@ -80,14 +80,16 @@ def _reverse(out: Tensor, batch: int, grid: list[int], used: Triple) -> Tensor:
 
 
 # 2. The Triton kernels: window_tiles.py and window_single.py. 3. Autograd: allocate, launch, save.
-def _plan(qkv: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex) -> tuple[bool, Plan]:
+def _plan(
+    qkv: Tensor, table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
+) -> tuple[bool, Plan]:
     """Whether one tile holds a window, and the layer's plan."""
     grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
     tile, tokens = tile_size(qkv.dtype), prod(used_window(grid, window))
     single = tokens <= tile
     if single:
         tile = max(16, runtime.power_of_2(tokens))
-    wide = is_wide(qkv.dtype)
+    wide = is_wide(qkv.dtype, table.dtype)
     return single, plan(grid, window, shift, mask_shift, bias_index, tile, not single, wide, qkv.device)
 
 
@@ -95,7 +97,7 @@ def _forward(
     qkv: Tensor, bias_table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward needs beside it."""
-    single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
+    single, layer = _plan(qkv, bias_table, window, shift, mask_shift, bias_index)
     qkv = _even(qkv)
     if single:
         out, lse = window_single.forward(qkv, bias_table, layer)
@@ -118,7 +120,7 @@ def _backward(
     table_too: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and of the table."""
-    single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
+    single, layer = _plan(qkv, bias_table, window, shift, mask_shift, bias_index)
     qkv, grad = _even(qkv), grad.contiguous()
     if single:
         return window_single.backward(grad, qkv, bias_table, lse, layer, table_too)

@@ -147,7 +147,7 @@ def gradient(
     """Gradient of the table; `tiles` are its bias tiles with queries as rows, `delta` is rowsum(dO * O), and
     `forward_walk` says how the forward walked: COARSE and REST."""
     batch, heads, width = qkv.shape[0], qkv.shape[5], qkv.shape[6]
-    c, _, separated = scales(width)
+    c, _, separated = scales(width, qkv.dtype)
     tokens = qkv.shape[1] * qkv.shape[2] * qkv.shape[3]
     strips = plan.slots // plan.tile
     groups, first = _groups(plan.first, batch, strips * strips * heads, qkv.device)
@@ -159,8 +159,8 @@ def gradient(
         (strips * strips * heads * len(groups),),
         qkv, plan.token, plan.kind, plan.span, tiles, grad, lse, seen, delta, plan.listed, groups, partial,
         c, separated, *strides(qkv), tokens, len(plan.token), heads, batch * len(plan.token),
-        RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=is_wide(qkv.dtype), MASKED=plan.masked,
-        MASKED_KIND=geometry.MASKED_KIND, **forward_walk,
+        RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=is_wide(qkv.dtype, table.dtype),
+        MASKED=plan.masked, MASKED_KIND=geometry.MASKED_KIND, **forward_walk,
         num_warps=warps(qkv),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.slots**2 / plan.tokens_per_window**2),

@@ -161,7 +161,8 @@ def _backward(
         dv = tl.dot(p.to(do.dtype), do, input_precision="ieee")
         _store(out + 2 * nH * D, token * (3 * nH * D), dv, exists, D, DP)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        delta = tl.sum(p * dp, 0)
+        # over the sum of p, which the rounding of a large log-sum-exp keeps from being 1
+        delta = tl.where(exists, tl.sum(p * dp, 0) / tl.sum(p, 0), 0.0)
         ds = p * (dp - delta[None, :])
         acc += ds
         ds = ds.to(q.dtype)
@@ -179,14 +180,14 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     out = torch.empty(batch, *grid, heads, width, dtype=qkv.dtype, device=qkv.device)
     shape = (lse_planes(qkv.dtype), batch * len(plan.token), heads, plan.tile)
     lse = torch.empty(shape, dtype=torch.float32, device=qkv.device)
-    c, _, separated = scales(width)
+    c, _, separated = scales(width, qkv.dtype)
     groups, per_program = _groups(batch * len(plan.token), heads)
     launch(
         _forward,
         (groups * heads,),
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype), out, lse, c, separated,
         *strides(qkv), *_sizes(qkv, plan), per_program,
-        **_shape(qkv, plan),
+        **_shape(qkv, table, plan),
         **registers(qkv),
         num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {80: 2, 90: 2}),
@@ -201,7 +202,7 @@ def backward(
     """Gradients of qkv (contiguous) and of the table (zero if not `table_too`)."""
     batch, *_, heads, width = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    c, scale, separated = scales(width)
+    c, scale, separated = scales(width, qkv.dtype)
     groups, per_program = _groups(batch * len(plan.token), heads)
     partial = torch.empty(groups, heads, 1, 1, plan.tile, plan.tile, dtype=torch.float32, device=qkv.device)
     launch(
@@ -209,7 +210,7 @@ def backward(
         (groups * heads,),
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype, transposed=True), grad, lse,
         dqkv, partial, c, scale, separated, *strides(qkv), *_sizes(qkv, plan), per_program,
-        **_shape(qkv, plan),
+        **_shape(qkv, table, plan),
         num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {90: 2}),
         inner=Inner(plan.tile**2, 10 * width, plan.tile**2 / plan.tokens_per_window**2),
@@ -242,10 +243,11 @@ def _sizes(qkv: Tensor, plan: Plan) -> tuple[int, int, int, int]:
     return tokens, len(plan.token), qkv.shape[5], qkv.shape[0] * len(plan.token)
 
 
-def _shape(qkv: Tensor, plan: Plan) -> dict[str, int | bool]:
+def _shape(qkv: Tensor, table: Tensor, plan: Plan) -> dict[str, int | bool]:
     # with one kind the bias tile stays in registers; sm_80 has none to spare and loads it for each window
     resident = plan.kinds == 1 and capability(qkv.device) >= 90
     return {
         "N": plan.tokens_per_window, "D": qkv.shape[6], "DP": padded_width(qkv.shape[6]), "TILE": plan.tile,
-        "WIDE": is_wide(qkv.dtype), "ONE_KIND": resident, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
+        "WIDE": is_wide(qkv.dtype, table.dtype), "ONE_KIND": resident, "MASKED": plan.masked,
+        "MASKED_KIND": geometry.MASKED_KIND,
     }  # fmt: skip

@@ -80,7 +80,7 @@ def _weigh(x, v, m, total, acc, c):
     if v.dtype != tl.float32:
         largest *= c
     m_new = tl.maximum(m, largest)
-    alpha = tl.exp2(m - m_new)
+    alpha = tl.exp2((m - m_new) * 1.4426950408889634) if v.dtype == tl.float32 else tl.exp2(m - m_new)
     p = _power(x, m_new[:, None], c, v.dtype == tl.float32)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_new, total * alpha + tl.sum(p, 1), acc
@@ -157,9 +157,10 @@ def _forward(
         if MASKED:
             seen = 0
             # the maxima only grow, so what was negligible stays so; a padding slot sees nobody
-            limit = m + NEGLIGIBLE
-            if q.dtype != tl.float32:
-                limit /= c
+            if q.dtype == tl.float32:
+                limit = m + NEGLIGIBLE * 0.6931471805599453
+            else:
+                limit = (m + NEGLIGIBLE) / c
             limit = tl.where(offs < N, limit, float("inf"))
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
@@ -463,8 +464,8 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
     rest = torch.empty_like(out) if qkv.dtype != torch.float32 else out.new_empty(0)
     lse = torch.empty(lse_planes(qkv.dtype), windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
     seen = torch.empty(windows, heads, plan.slots // plan.tile, dtype=torch.int32, device=qkv.device)
-    wide = is_wide(qkv.dtype)
-    blocks = _forward_blocks(qkv, plan)
+    wide = is_wide(qkv.dtype, table.dtype)
+    blocks = _forward_blocks(qkv, wide, plan)
     launch(
         _forward,
         _grid(plan, windows, heads),
@@ -477,8 +478,8 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         rest,
         lse,
         seen,
-        scales(width)[0],
-        scales(width)[2],
+        scales(width, qkv.dtype)[0],
+        scales(width, qkv.dtype)[2],
         *strides(qkv),
         prod(grid),
         len(plan.token),
@@ -511,11 +512,11 @@ def backward(
     windows = batch * len(plan.token)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(lse[0])
-    wide = is_wide(qkv.dtype)
+    wide = is_wide(qkv.dtype, table.dtype)
     tiles = bias_tiles(table, plan, width, qkv.dtype)
-    coarse, full, _ = _forward_blocks(qkv, plan)
+    coarse, full, _ = _forward_blocks(qkv, wide, plan)
     forward_walk = {"COARSE": coarse, "REST": coarse * full}
-    c, scale, separated = scales(width)
+    c, scale, separated = scales(width, qkv.dtype)
     place = (prod(grid), len(plan.token), heads)
     geometry_ = (plan.token, plan.kind, plan.span)
     order = (windows, min(GROUP, max(windows, 1)))
@@ -554,9 +555,9 @@ def backward(
     return dqkv, window_bias_gradient.gradient(grad, qkv, table, lse, seen, delta, tiles, plan, forward_walk)
 
 
-def _forward_blocks(qkv: Tensor, plan: Plan) -> tuple[int, int, int]:
+def _forward_blocks(qkv: Tensor, wide: bool, plan: Plan) -> tuple[int, int, int]:
     """The blocks of the forward, which the backward must know to meet the same pairs."""
-    wide, chip = is_wide(qkv.dtype), capability(qkv.device)
+    chip = capability(qkv.device)
     block = plan.tile if qkv.shape[6] > 32 or (chip < 90 and wide) else 2 * plan.tile
     # on sm_100 the code that skips regions takes the registers
     return _blocks(plan, block // 2 if plan.masked and chip >= 100 else block)

@@ -412,7 +412,6 @@ BAD = {
     "devices": (dict(device="meta"), ["meta", "cpu"]),
     "integers": (dict(dtype=torch.int64), ["int64"]),
     "integer-table": (dict(table_dtype=torch.int32), ["int32"]),
-    "double-table": (dict(dtype=torch.bfloat16, table_dtype=torch.float64), ["float64", "bfloat16"]),
     "grid": (dict(shape=(2, 4, 6, 7, 3, 2, 16)), ["(4, 6, 7)", "(2, 3, 3)"]),
     "shift-is-window": (dict(shift=(0, 3, 1)), ["(0, 3, 1)", "(2, 3, 3)"]),
     "shift-of-a-clipped-axis": (
