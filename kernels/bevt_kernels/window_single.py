@@ -161,8 +161,8 @@ def _backward(
         dv = tl.dot(p.to(do.dtype), do, input_precision="ieee")
         _store(out + 2 * nH * D, token * (3 * nH * D), dv, exists, D, DP)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        # over the sum of p, which the rounding of a large log-sum-exp keeps from being 1
-        delta = tl.where(exists, tl.sum(p * dp, 0) / tl.sum(p, 0), 0.0)
+        # over the sum of p, which the rounding of a large log-sum-exp keeps from being 1; padding slots have none
+        delta = tl.sum(p * dp, 0) / tl.maximum(tl.sum(p, 0), 1e-30)
         ds = p * (dp - delta[None, :])
         acc += ds
         ds = ds.to(q.dtype)

@@ -61,14 +61,19 @@ def _double(x):
     return x.detach().double().requires_grad_(x.requires_grad)
 
 
-def _hold_to_the_law(qkv, table, truth=reference, upstream=None, **options):
+def _hold_to_the_law(qkv, table, truth=reference, upstream=None, cancelled=0.0, **options):
+    """`cancelled`: an absolute error that gradients may have beyond the law."""
     upstream = _upstream(qkv) if upstream is None else upstream
     fused = _fused(qkv, table, options, upstream)
     eager = _run(reference, qkv, table, options, upstream)
     true = _run(truth, _double(qkv), _double(table), options, upstream)
     assert fused.keys() == eager.keys() == true.keys()
     for name, value in fused.items():
-        exactness.assert_as_exact_as_torch(name, value, eager[name], true[name])
+        if cancelled and name.startswith("gradient"):
+            error, _, bound = exactness.errors(value, eager[name], true[name])
+            assert error <= bound + cancelled, f"{name}: error {error:.2e}"
+        else:
+            exactness.assert_as_exact_as_torch(name, value, eager[name], true[name])
     return fused
 
 
@@ -237,7 +242,13 @@ def test_large_bias(bias, dtype):
 @pytest.mark.parametrize("window", [(1, 4, 4), (2, 6, 6)], ids=["N16", "N72"])
 def test_logits_beyond_what_exp_can_take(window, dtype):
     qkv, table = _problem(window, window, 1, 16, dtype, scale=60.0)
-    made = _hold_to_the_law(qkv, table, window=window)
+    upstream = _upstream(qkv)
+    # every row has one key, so dS = p (dP - delta) is a difference of equals. Windows of several tiles know delta in
+    # 16-bit dtypes from dO and O, to one float32 rounding of the terms it is summed from
+    terms = float((upstream.float().abs()[..., None, :, :] * qkv.detach().float().abs()[..., 2:, :, :]).sum(-1).max())
+    several = prod(window) > 64 and dtype != torch.float32
+    cancelled = torch.finfo(torch.float32).eps * terms if several else 0.0
+    made = _hold_to_the_law(qkv, table, upstream=upstream, cancelled=cancelled, window=window)
     assert all(value.isfinite().all() for value in made.values())
 
 
