@@ -10,7 +10,7 @@ from bevt_fast.data.batch import Clips, Images, JointBatch, Targets
 from bevt_fast.models.bevt import Bevt
 from bevt_fast.models.video_swin import VideoSwinConfig
 from bevt_fast.objectives.joint import JointObjective
-from bevt_fast.tokenizers import dalle, patch_kmeans
+from bevt_fast.tokenizers import _frames, dalle, patch_kmeans
 from bevt_fast.train import hidden_targets, joint_step
 
 
@@ -49,6 +49,20 @@ def test_a_frame_without_a_hidden_cell_is_not_encoded(make, monkeypatch):
     monkeypatch.setattr(tokenizer, "_name", lambda part, mask: (seen.append(part), name(part, mask))[1])
     tokenizer(clips, hidden)
     assert torch.equal(torch.cat(seen), torch.stack([clips[0, 1], clips[1, 3]]))
+
+
+def test_with_hidden_cells_on_the_cpu_the_device_is_asked_nothing():
+    # a meta tensor has no value, so whatever would wait for one fails
+    hidden, seen = torch.rand(3, 5, 2, 3) < 0.2, []
+
+    def name(part, mask):
+        seen.append((part.shape, mask.device.type))
+        return mask.long()
+
+    ids = _frames.name_cells(name, torch.empty(3, 5, 3, 16, 24, device="meta"), hidden, cell=8, chunk=4)
+    assert ids.is_meta and ids.shape == hidden.shape
+    assert sum(shape[0] for shape, _ in seen) == hidden.flatten(2).any(2).sum()
+    assert {where for _, where in seen} == {"meta"}
 
 
 @both
