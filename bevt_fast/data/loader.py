@@ -30,7 +30,8 @@ MAX_RESTARTS = 3  # of a stream's worker pool (NEEDS F08)
 
 
 class Loader:
-    """An endless iterator of JointBatch, one a micro-batch, starting exactly at `first_step`; pixels on `device`, masks on the CPU.
+    """An endless iterator of JointBatch, one a micro-batch, starting exactly at `first_step`: pixels on `device`, masks
+    on the CPU.
 
     `sources` maps "clips" and "images" to a Source or None. `heldout=True` reads sources of samples never trained on:
     always the same views, without augmentation.
