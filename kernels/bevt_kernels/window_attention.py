@@ -7,8 +7,9 @@ The eager path writes a whole feature map again for each of roll, partition, rev
 cost nothing; scores live in registers; the bias reaches them as their starting value; and the table's gradient is
 summed over windows without atomics, so two runs give equal bits.
 
-The kernels: window_tiles.py (any N), window_single.py (a whole window in one tile), relative_bias.py (table to tiles,
-gradient to table), over the tables of window_geometry.py. README.md derives the bias gradient and lists what was tried.
+The kernels: window_tiles.py and window_bias_gradient.py (any N), window_single.py (a window in one tile),
+relative_bias.py (table to tiles, gradient to table), over the tables of window_geometry.py. README.md derives the bias
+gradient and lists what was tried.
 """
 
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import runtime, window_single, window_tiles
+from ._window_parts import is_wide, tile_size, token_stride
 from .window_geometry import BiasIndex, Plan, Triple, bias_rows, plan, roll, shift_mask, used_window, windows
 
 LARGEST_WINDOW = 4096  # tokens; the geometry's tables grow with the square
@@ -81,11 +83,11 @@ def _reverse(out: Tensor, batch: int, grid: list[int], used: Triple) -> Tensor:
 def _plan(qkv: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex) -> tuple[bool, Plan]:
     """Whether one tile holds a window, and the layer's plan."""
     grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
-    tile, tokens = window_tiles.tile_size(qkv.dtype), prod(used_window(grid, window))
+    tile, tokens = tile_size(qkv.dtype), prod(used_window(grid, window))
     single = tokens <= tile
     if single:
         tile = max(16, runtime.power_of_2(tokens))
-    wide = window_tiles.is_wide(qkv.dtype)
+    wide = is_wide(qkv.dtype)
     return single, plan(grid, window, shift, mask_shift, bias_index, tile, not single, wide, qkv.device)
 
 
@@ -124,7 +126,7 @@ def _backward(
 
 def _even(qkv: Tensor) -> Tensor:
     """qkv itself if its tokens lie evenly spaced and its last dimension is contiguous; else a copy that does."""
-    return qkv if qkv.stride(-1) == 1 and window_tiles.token_stride(qkv) is not None else qkv.contiguous()
+    return qkv if qkv.stride(-1) == 1 and token_stride(qkv) is not None else qkv.contiguous()
 
 
 @torch.library.custom_op("bevt_kernels::window_attention", mutates_args=())
@@ -156,7 +158,7 @@ def _fused_backward(
 def _(qkv, bias_table, window, shift, mask_shift, bias_index):
     batch, *grid, _, heads, width = qkv.shape
     tokens = prod(min(length, size) for length, size in zip(grid, window))
-    tile = window_tiles.tile_size(qkv.dtype)
+    tile = tile_size(qkv.dtype)
     single = tokens <= tile
     slots = max(16, runtime.power_of_2(tokens)) if single else runtime.cdiv(tokens, tile) * tile
     count = batch * (prod(grid) // tokens)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
+from ._window_parts import _fragment, _load, _store, is_wide, padded_width, registers, scales, stages, strides
 from .relative_bias import bias_tiles, table_gradient
 from .runtime import Inner, capability, launch, tl, triton
 from .window_geometry import Plan
-from .window_tiles import _fragment, _load, _store, is_wide, padded_width, registers, scales, stages, strides
 
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors; the backward leaves one tile of float32 per program
 

@@ -14,67 +14,35 @@ that all their weights are below 2**-40 (`NEGLIGIBLE`: then a whole window of th
 skipped; the forward notes in `seen` whether one was not, and the backward reads it.
 """
 
-from functools import lru_cache
-from itertools import pairwise
-from math import e, log2, prod
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import window_bias_gradient
 from . import window_geometry as geometry
-from .relative_bias import bias_tiles, table_gradient
+from ._window_parts import (
+    _fragment,
+    _load,
+    _load_t,
+    _store,
+    _visible,
+    is_wide,
+    padded_width,
+    registers,
+    scales,
+    stages,
+    strides,
+    warps,
+)
+from .relative_bias import bias_tiles
 from .runtime import Inner, capability, cdiv, launch, power_of_2, tl, triton
 from .window_geometry import Plan
 
 NEGLIGIBLE = -40.0
 # windows that run side by side before the next strip: three programs on each of an H100's 132 multiprocessors
 GROUP = 396
-PROGRAMS = 1600  # what the bias gradient spreads its windows over: a few waves
-
-
-@triton.jit
-def _fragment(ptr, masked, separated, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
-    """A (ROWS, COLS) bias tile, stored in the order of `window_geometry._strips`, as float32."""
-    x = tl.load(ptr + tl.arange(0, ROWS * COLS))
-    if WIDE:
-        y = tl.reshape(x, (COLS // 8, ROWS // 16, 8, 4, 2, 2))
-        y = tl.permute(y, (1, 4, 2, 0, 3, 5))
-    else:
-        y = x.to(tl.float16, bitcast=True).to(tl.float32)
-        if MASKED:
-            if masked:
-                # the mark, float16's lowest bit, is bit 13 of a float32: no number here is subnormal
-                foreign = (y.to(tl.int32, bitcast=True) & 0x2000) != 0
-                y = tl.where(foreign, y + separated, y)
-        y = tl.reshape(y, (COLS // 16, ROWS // 16, 8, 4, 2, 2, 2))
-        y = tl.permute(y, (1, 5, 2, 0, 4, 3, 6))
-    return tl.reshape(y, (ROWS, COLS))
-
-
-@triton.jit
-def _load(ptr, rows, D: tl.constexpr, DP: tl.constexpr):
-    """(len(rows), DP) from row offsets in elements; columns beyond D are 0."""
-    offs_d = tl.arange(0, DP)
-    if D == DP:
-        return tl.load(ptr + rows[:, None] + offs_d[None, :])
-    return tl.load(ptr + rows[:, None] + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_t(ptr, rows, D: tl.constexpr, DP: tl.constexpr):
-    """The transpose of `_load`: (DP, len(rows))."""
-    offs_d = tl.arange(0, DP)
-    if D == DP:
-        return tl.load(ptr + rows[None, :] + offs_d[:, None])
-    return tl.load(ptr + rows[None, :] + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
-
-
-@triton.jit
-def _store(ptr, rows, value, exists, D: tl.constexpr, DP: tl.constexpr):
-    offs_d = tl.arange(0, DP)
-    mask = exists[:, None] & (offs_d < D)[None, :]
-    tl.store(ptr + rows[:, None] + offs_d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -83,15 +51,6 @@ def _place(pid, GROUP, strips, nH) -> Any:
     per = GROUP * strips * nH
     rest = pid % per
     return (pid // per) * GROUP + rest % GROUP, rest // GROUP % strips, rest // GROUP // strips
-
-
-@triton.jit
-def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr) -> Any:
-    """First and end of the whole blocks that a strip can see; what remains after FULL blocks is always walked."""
-    first = tl.load(span_ptr + (kind * strips + strip) * 2)
-    end = tl.load(span_ptr + (kind * strips + strip) * 2 + 1)
-    end = tl.minimum((end + BLOCK - 1) // BLOCK, FULL)
-    return tl.minimum(first // BLOCK, end), end
 
 
 @triton.jit
@@ -153,7 +112,7 @@ def _forward(
     NEGLIGIBLE: tl.constexpr,
 ):
     STRIPS: tl.constexpr = RS // TILE
-    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)
+    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)  # pyright: ignore[reportGeneralTypeIssues]
     if window < total_windows:
         b = (window // nW).to(tl.int64)
         token_ptr += window % nW * RS
@@ -261,7 +220,7 @@ def _backward_queries(
     MASKED_KIND: tl.constexpr,
 ):
     STRIPS: tl.constexpr = RS // TILE
-    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)
+    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)  # pyright: ignore[reportGeneralTypeIssues]
     if window < total_windows:
         b = (window // nW).to(tl.int64)
         token_ptr += window % nW * RS
@@ -370,7 +329,7 @@ def _backward_keys(
     MASKED_KIND: tl.constexpr,
 ):
     STRIPS: tl.constexpr = RS // TILE
-    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)
+    window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)  # pyright: ignore[reportGeneralTypeIssues]
     if window < total_windows:
         b = (window // nW).to(tl.int64)
         token_ptr += window % nW * RS
@@ -416,109 +375,6 @@ def _backward_keys(
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
         _store(out + nH * D, token * (3 * nH * D), dk * scale, offs < N, D, DP)
         _store(out + 2 * nH * D, token * (3 * nH * D), dv, offs < N, D, DP)
-
-
-@triton.jit
-def _bias_step(
-    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row, column, head, nH,
-    stride_b, stride_s, stride_p, S, c, RS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, nW,
-):  # fmt: skip
-    """The item-th window of a kind: samples run slowest."""
-    w = tl.load(listed_ptr + first + item % count)
-    b = (item // count).to(tl.int64)
-    query = tl.load(token_ptr + w * RS + row).to(tl.int64)
-    key = tl.load(token_ptr + w * RS + column).to(tl.int64)
-    q = _load(qkv_ptr + b * stride_b, query * stride_s, D, DP)
-    do = _load(grad_ptr + b * S * nH * D, query * (nH * D), D, DP)
-    kt = _load_t(qkv_ptr + b * stride_b + stride_p, key * stride_s, D, DP)
-    vt = _load_t(qkv_ptr + b * stride_b + 2 * stride_p, key * stride_s, D, DP)
-    here = ((b * nW + w) * nH + head) * RS
-    lse = tl.load(lse_ptr + here + row)
-    delta = tl.load(delta_ptr + here + row)
-    x = tl.dot(q, kt, bias, input_precision="ieee")
-    p = tl.exp2(x * c - lse[:, None])
-    dp = tl.dot(do, vt, input_precision="ieee")
-    return acc + p * (dp - delta[:, None])
-
-
-@triton.jit(do_not_specialize=["S", "nW", "nH"])
-def _backward_bias(
-    qkv_ptr,
-    token_ptr,
-    kind_ptr,
-    span_ptr,
-    bias_ptr,
-    grad_ptr,
-    lse_ptr,
-    seen_ptr,
-    delta_ptr,
-    listed_ptr,  # (nW,) int32
-    groups_ptr,  # (groups, 5) int32: kind, where it starts in `listed`, its windows, first and end item
-    partial_ptr,  # (groups, nH, RS/TILE, RS/TILE, TILE, TILE) float32
-    c,
-    separated,
-    stride_b,
-    stride_s,
-    stride_p,
-    stride_h,
-    S,
-    nW,
-    nH,
-    RS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDE: tl.constexpr,
-    MASKED: tl.constexpr,
-    MASKED_KIND: tl.constexpr,
-):
-    """One pair of tiles of one head, over a group of windows of one kind: bias and its gradient stay in registers."""
-    STRIPS: tl.constexpr = RS // TILE
-    pid = tl.program_id(0)
-    columns = pid % STRIPS
-    strip = pid // STRIPS % STRIPS
-    head = pid // (STRIPS * STRIPS) % nH
-    group = pid // (STRIPS * STRIPS * nH)
-    groups_ptr += group * 5
-    kind = tl.load(groups_ptr)
-    first = tl.load(groups_ptr + 1)
-    count = tl.load(groups_ptr + 2)
-    begin = tl.load(groups_ptr + 3)
-    end = tl.load(groups_ptr + 4)
-    masked = tl.load(kind_ptr + tl.load(listed_ptr + first)) >= MASKED_KIND
-
-    row = strip * TILE + tl.arange(0, TILE)
-    column = columns * TILE + tl.arange(0, TILE)
-    qkv_ptr += head.to(tl.int64) * stride_h
-    grad_ptr += head * D
-    tile_ptr = bias_ptr + ((kind * nH + head) * STRIPS + strip).to(tl.int64) * (TILE * RS) + columns * (TILE * TILE)
-    bias = _fragment(tile_ptr, masked, separated, TILE, TILE, WIDE, MASKED)
-    acc = tl.zeros((TILE, TILE), tl.float32)
-    middle = end
-    if MASKED:
-        lo, hi = _visible(span_ptr, kind, strip, STRIPS, TILE, STRIPS)
-        middle = tl.where((columns >= lo) & (columns < hi), end, begin)
-    for item in range(begin, middle):
-        acc = _bias_step(
-            qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row, column,
-            head, nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
-        )  # fmt: skip
-    if MASKED:
-        for item in tl.range(middle, end, num_stages=1):
-            w = tl.load(listed_ptr + first + item % count)
-            place = ((item // count * nW + w).to(tl.int64) * nH + head) * STRIPS + strip
-            if tl.load(seen_ptr + place) != 0:
-                acc = _bias_step(
-                    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row,
-                    column, head, nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
-                )  # fmt: skip
-    partial_ptr += (((group * nH + head) * STRIPS + strip) * STRIPS + columns).to(tl.int64) * (TILE * TILE)
-    tl.store(partial_ptr + tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :], acc)
-
-
-def tile_size(dtype: torch.dtype) -> int:
-    """Slots in a strip: a tensor-core product of a warp group has 64 rows; float32 has no tensor cores to feed."""
-    return 32 if dtype == torch.float32 else 64
 
 
 def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -605,38 +461,7 @@ def backward(
     )  # fmt: skip
     if not table_too:
         return dqkv, torch.zeros_like(table)
-    strips = plan.slots // plan.tile
-    groups, first = _groups(plan.first, batch, strips * strips * heads, qkv.device)
-    partial = torch.empty(
-        len(groups), heads, strips, strips, plan.tile, plan.tile, dtype=torch.float32, device=qkv.device
-    )
-    launch(
-        _backward_bias,
-        (strips * strips * heads * len(groups),),
-        qkv, *geometry_, tiles, grad, lse, seen, delta, plan.listed, groups, partial,
-        c, separated, *strides(qkv), *place,
-        RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=wide, MASKED=plan.masked,
-        MASKED_KIND=geometry.MASKED_KIND,
-        num_warps=warps(qkv),
-        num_stages=stages(qkv, {80: 2, 90: 2}),
-        inner=Inner(plan.tile**2, 4 * width, plan.slots**2 / plan.tokens_per_window**2),
-    )  # fmt: skip
-    return dqkv, table_gradient(partial, first, plan, table)
-
-
-@lru_cache(maxsize=128)
-def _groups(first: tuple[int, ...], batch: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The windows of a batch in groups of one kind: (groups, 5) and (kinds + 1,), as `_backward_bias` reads them."""
-    items = [(end - begin) * batch for begin, end in pairwise(first)]
-    size = max(1, -(-sum(items) * programs // PROGRAMS))
-    rows, starts = [], [0]
-    for kind, count in enumerate(items):
-        windows = first[kind + 1] - first[kind]
-        rows += [(kind, first[kind], windows, i, min(i + size, count)) for i in range(0, count, size)]
-        starts.append(len(rows))
-    with torch.inference_mode(False):
-        table, start = (torch.tensor(x, dtype=torch.int32, device="cpu").to(device) for x in (rows, starts))
-    return table, start
+    return dqkv, window_bias_gradient.gradient(grad, qkv, table, lse, seen, delta, tiles, plan)
 
 
 def _blocks(plan: Plan, block: int) -> tuple[int, int, int]:
@@ -651,60 +476,6 @@ def _blocks(plan: Plan, block: int) -> tuple[int, int, int]:
         choices.append((size, full + 1, 0) if tail >= size else (size, full, tail))
     covered = [size * full + tail for size, full, tail in choices]
     return choices[0] if covered[0] <= 1.1 * covered[-1] else choices[-1]
-
-
-def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:
-    """Pipeline stages by capability; 1 where the table says nothing.
-
-    From compile_check's counts (README.md, "what was tried"): with more, sm_100 takes the bias through shared memory,
-    and sm_80 reads a tile that is used both plain and transposed element by element.
-    """
-    return 1 if qkv.dtype == torch.float32 else by_capability.get(capability(qkv.device), 1)
-
-
-def warps(qkv: Tensor) -> int:
-    """Warps of a program: one warp group for a 64-row product. Plain float32 products spread over any number.
-
-    With eight, sm_90 would stack the warps on the rows of a 16-bit product and compute everything twice.
-    """
-    return 8 if qkv.dtype == torch.float32 else 4
-
-
-def registers(qkv: Tensor) -> dict[str, int]:
-    """On sm_100 a ceiling of three programs a multiprocessor: left alone, ptxas aims at four and spills a little."""
-    return {"maxnreg": 168} if capability(qkv.device) >= 100 and qkv.dtype != torch.float32 else {}
-
-
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether the bias tiles are float32. A float16 bias is finer than the roundings of bfloat16, not than its own."""
-    return dtype != torch.bfloat16
-
-
-def padded_width(width: int) -> int:
-    return max(16, power_of_2(width))
-
-
-def scales(width: int) -> tuple[float, float, float]:
-    """c, width**-0.5, and -100 as the accumulator holds it."""
-    return width**-0.5 * log2(e), width**-0.5, geometry.SEPARATED * width**0.5
-
-
-def strides(qkv: Tensor) -> tuple[int, int, int, int]:
-    """Of a sample, a token, q/k/v, a head."""
-    return qkv.stride(0), token_stride(qkv) or 0, qkv.stride(4), qkv.stride(5)
-
-
-def token_stride(qkv: Tensor) -> int | None:
-    """What lies between two neighbouring tokens of a sample, (t, h, w) order; None if that is not one number."""
-    stride, tokens = None, 1
-    for axis in (3, 2, 1):
-        if qkv.shape[axis] > 1:
-            if stride is None:
-                stride = qkv.stride(axis)
-            elif qkv.stride(axis) != stride * tokens:
-                return None
-            tokens *= qkv.shape[axis]
-    return stride or 0
 
 
 def _grid(plan: Plan, windows: int, heads: int) -> tuple[int]:

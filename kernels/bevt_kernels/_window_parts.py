@@ -1,0 +1,125 @@
+"""What the two window kernels are made of: reading bias tiles and token rows, and how a launch is configured.
+
+Registers, stages and warps come from compile_check's counts (README.md, "what was tried"), not from a clock.
+"""
+
+from math import e, log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import window_geometry as geometry
+from .runtime import capability, power_of_2, tl, triton
+
+
+@triton.jit
+def _fragment(ptr, masked, separated, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
+    """A (ROWS, COLS) bias tile, stored in the order of `window_geometry._strips`, as float32."""
+    x = tl.load(ptr + tl.arange(0, ROWS * COLS))
+    if WIDE:
+        y = tl.reshape(x, (COLS // 8, ROWS // 16, 8, 4, 2, 2))
+        y = tl.permute(y, (1, 4, 2, 0, 3, 5))
+    else:
+        y = x.to(tl.float16, bitcast=True).to(tl.float32)
+        if MASKED:
+            if masked:
+                # the mark, float16's lowest bit, is bit 13 of a float32: no number here is subnormal
+                foreign = (y.to(tl.int32, bitcast=True) & 0x2000) != 0
+                y = tl.where(foreign, y + separated, y)
+        y = tl.reshape(y, (COLS // 16, ROWS // 16, 8, 4, 2, 2, 2))
+        y = tl.permute(y, (1, 5, 2, 0, 4, 3, 6))
+    return tl.reshape(y, (ROWS, COLS))
+
+
+@triton.jit
+def _load(ptr, rows, D: tl.constexpr, DP: tl.constexpr):
+    """(len(rows), DP) from row offsets in elements; columns beyond D are 0."""
+    offs_d = tl.arange(0, DP)
+    if D == DP:
+        return tl.load(ptr + rows[:, None] + offs_d[None, :])
+    return tl.load(ptr + rows[:, None] + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_t(ptr, rows, D: tl.constexpr, DP: tl.constexpr):
+    """The transpose of `_load`: (DP, len(rows))."""
+    offs_d = tl.arange(0, DP)
+    if D == DP:
+        return tl.load(ptr + rows[None, :] + offs_d[:, None])
+    return tl.load(ptr + rows[None, :] + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def _store(ptr, rows, value, exists, D: tl.constexpr, DP: tl.constexpr):
+    offs_d = tl.arange(0, DP)
+    mask = exists[:, None] & (offs_d < D)[None, :]
+    tl.store(ptr + rows[:, None] + offs_d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr) -> Any:
+    """First and end of the whole blocks that a strip can see; what remains after FULL blocks is always walked."""
+    first = tl.load(span_ptr + (kind * strips + strip) * 2)
+    end = tl.load(span_ptr + (kind * strips + strip) * 2 + 1)
+    end = tl.minimum((end + BLOCK - 1) // BLOCK, FULL)
+    return tl.minimum(first // BLOCK, end), end
+
+
+def tile_size(dtype: torch.dtype) -> int:
+    """Slots in a strip: a tensor-core product of a warp group has 64 rows; float32 has no tensor cores to feed."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:
+    """Pipeline stages by capability; 1 where the table says nothing.
+
+    From compile_check's counts (README.md, "what was tried"): with more, sm_100 takes the bias through shared memory,
+    and sm_80 reads a tile that is used both plain and transposed element by element.
+    """
+    return 1 if qkv.dtype == torch.float32 else by_capability.get(capability(qkv.device), 1)
+
+
+def warps(qkv: Tensor) -> int:
+    """Warps of a program: one warp group for a 64-row product. Plain float32 products spread over any number.
+
+    With eight, sm_90 would stack the warps on the rows of a 16-bit product and compute everything twice.
+    """
+    return 8 if qkv.dtype == torch.float32 else 4
+
+
+def registers(qkv: Tensor) -> dict[str, int]:
+    """On sm_100 a ceiling of three programs a multiprocessor: left alone, ptxas aims at four and spills a little."""
+    return {"maxnreg": 168} if capability(qkv.device) >= 100 and qkv.dtype != torch.float32 else {}
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether the bias tiles are float32. A float16 bias is finer than the roundings of bfloat16, not than its own."""
+    return dtype != torch.bfloat16
+
+
+def padded_width(width: int) -> int:
+    return max(16, power_of_2(width))
+
+
+def scales(width: int) -> tuple[float, float, float]:
+    """c, width**-0.5, and -100 as the accumulator holds it."""
+    return width**-0.5 * log2(e), width**-0.5, geometry.SEPARATED * width**0.5
+
+
+def strides(qkv: Tensor) -> tuple[int, int, int, int]:
+    """Of a sample, a token, q/k/v, a head."""
+    return qkv.stride(0), token_stride(qkv) or 0, qkv.stride(4), qkv.stride(5)
+
+
+def token_stride(qkv: Tensor) -> int | None:
+    """What lies between two neighbouring tokens of a sample, (t, h, w) order; None if that is not one number."""
+    stride, tokens = None, 1
+    for axis in (3, 2, 1):
+        if qkv.shape[axis] > 1:
+            if stride is None:
+                stride = qkv.stride(axis)
+            elif qkv.stride(axis) != stride * tokens:
+                return None
+            tokens *= qkv.shape[axis]
+    return stride or 0
