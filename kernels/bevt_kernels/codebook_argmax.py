@@ -28,9 +28,10 @@ RETURNS_IDS = True
 
 def reference(features: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """The specification of `codebook_argmax`, in plain torch."""
-    hidden = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
+    if mask is None:
+        return F.linear(features, weight, bias).argmax(dim=-1)
     ids = torch.zeros(features.shape[:-1], dtype=torch.long, device=features.device)
-    ids[hidden] = F.linear(features[hidden], weight, bias).argmax(dim=-1)
+    ids[mask] = F.linear(features[mask], weight, bias).argmax(dim=-1)
     return ids
 
 
