@@ -286,7 +286,7 @@ def test_any_strides(window):
     grid = (window[0], window[1], 2 * window[2])
     qkv, table = _problem(grid, window, 2, 16, torch.bfloat16, batch=2)
     options = dict(window=window, shift=(0, 0, 2))
-    contiguous = _hold_to_the_law(qkv, table, **options)
+    contiguous = _hold_to_the_law(qkv, table, **options)  # pyright: ignore[reportArgumentType]
     for layout in (_of_a_larger_grid, _permuted, _heads_first, _odd_rows):
         strided = layout(qkv.detach()).requires_grad_()
         assert torch.equal(strided, qkv) and not strided.is_contiguous() and strided.stride(-1) == 1
