@@ -538,7 +538,7 @@ def backward(
     if qkv.dtype == torch.float32 or (narrow and width > 32):
         blocks = _blocks(plan, 16)
     else:
-        blocks = _blocks(plan, plan.tile)
+        blocks = _blocks(plan, plan.tile // 2 if narrow and plan.masked else plan.tile)
     launch(
         _backward_keys,
         _grid(plan, windows, heads),
