@@ -171,7 +171,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
     return ids
 
 
-@torch.library.custom_op("bevt_kernels::codebook_argmax", mutates_args=())
+@torch.library.custom_op(f"{runtime.NAMESPACE}::codebook_argmax", mutates_args=())
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     return _forward(x, weight, bias, mask)
 
@@ -209,11 +209,16 @@ def codebook_argmax(features: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def _check(features: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
-    if features.ndim == 0 or weight.ndim != 2 or not len(weight) or features.shape[-1] != weight.shape[1]:
+    optional = {"bias": bias, "mask": mask}
+    given = {"features": features, "weight": weight, **{name: x for name, x in optional.items() if x is not None}}
+    runtime.expect_tensors(NAME, **given)
+    if features.ndim == 0 or weight.ndim != 2 or not weight.numel() or features.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{NAME}: expected features (..., K) and a weight (V, K), got {tuple(features.shape)} and "
             f"{tuple(weight.shape)}"
         )
+    if not features.is_floating_point():
+        raise ValueError(f"{NAME}: the features are {features.dtype}, not floating-point numbers")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{NAME}: the weight {tuple(weight.shape)} has no bias {tuple(bias.shape)}")
     if mask is not None and (mask.shape != features.shape[:-1] or mask.dtype != torch.bool):
@@ -221,11 +226,12 @@ def _check(features: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor |
             f"{NAME}: features have positions {tuple(features.shape[:-1])}, but the mask is {tuple(mask.shape)} of "
             f"{mask.dtype}, not torch.bool"
         )
-    given = [tensor for tensor in (features, weight, bias, mask) if tensor is not None]
-    devices = sorted({str(tensor.device) for tensor in given})
+    devices = sorted({str(tensor.device) for tensor in given.values()})
     if len(devices) > 1:
         raise ValueError(f"{NAME}: all tensors must be on one device, got {', '.join(devices)}")
-    dtypes = sorted({str(tensor.dtype) for tensor in given if tensor is not mask})
+    if features.is_meta and mask is not None:
+        raise ValueError(f"{NAME}: on the meta device nobody knows what is hidden; give no mask")
+    dtypes = sorted({str(tensor.dtype) for tensor in given.values() if tensor is not mask})
     if len(dtypes) > 1 and not torch.is_autocast_enabled(features.device.type):
         raise ValueError(f"{NAME}: features, weight and bias must have one dtype, got {', '.join(dtypes)}")
 

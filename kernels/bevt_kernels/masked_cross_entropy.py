@@ -32,8 +32,13 @@ NAME = "masked_cross_entropy"
 
 def reference(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The specification of `masked_cross_entropy`, in plain torch."""
-    rows, ids = (features.flatten(0, -2), targets.flatten()) if mask is None else (features[mask], targets[mask])
+    if mask is None:
+        rows, ids = features.reshape(-1, features.shape[-1]), targets.reshape(-1)
+    else:
+        rows, ids = features[mask], targets[mask]
     logits = head(rows)  # (M, V)
+    if logits.ndim != 2 or len(logits) != len(rows):
+        raise ValueError(f"{NAME}: the head made {tuple(logits.shape)} of {tuple(rows.shape)}, expected (M, V)")
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     _check_targets(targets, mask, logits.shape[-1])
@@ -248,7 +253,7 @@ def _backward(upstream: Tensor, out: Tensor, gradient: Tensor, dtype: torch.dtyp
     return scaled
 
 
-@torch.library.custom_op("bevt_kernels::masked_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_cross_entropy", mutates_args=())
 def _op(
     x: Tensor,
     weight: Tensor,
@@ -273,7 +278,7 @@ def _(x, weight, bias, targets, mask, want_x, want_w, want_b):
     return new(), new(3), dx, dw, new(weight.shape[0] if want_b else 0)
 
 
-@torch.library.custom_op("bevt_kernels::masked_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_cross_entropy_backward", mutates_args=())
 def _op_backward(upstream: Tensor, out: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
     return _backward(upstream, out, gradient, dtype)
 
@@ -363,10 +368,16 @@ def _fused(head: nn.Linear, targets: Tensor, mask: Tensor | None, features: Tens
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
     mask = None if mask is None else mask.reshape(-1)
     loss, out, *_ = _op(x, weight, bias, targets.reshape(-1), mask, *wanted)
-    return loss, out[1]
+    # the backward pass needs `out` as it is, whatever the caller does to the accuracy
+    return loss, out[1].clone()
 
 
 def _check(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor | None) -> None:
+    runtime.expect_tensors(NAME, features=features, targets=targets, **({} if mask is None else {"mask": mask}))
+    if not callable(head):
+        raise TypeError(f"{NAME}: head is of type {type(head).__name__}, expected a module")
+    if features.ndim == 0 or not features.shape[-1]:
+        raise ValueError(f"{NAME}: features are {tuple(features.shape)}, expected (..., K) with K of at least 1")
     positions = features.shape[:-1]
     if targets.shape != positions or (mask is not None and mask.shape != positions):
         shape = "None" if mask is None else tuple(mask.shape)
@@ -382,19 +393,22 @@ def _check(features: Tensor, head: nn.Module, targets: Tensor, mask: Tensor | No
     devices = {str(tensor.device) for tensor in (features, targets, mask) if tensor is not None}
     if len(devices) > 1:
         raise ValueError(f"{NAME}: features, targets and mask must be on one device, got {', '.join(sorted(devices))}")
+    if features.is_meta and mask is not None:
+        raise ValueError(f"{NAME}: on the meta device nobody knows what is hidden; gather the rows and give no mask")
     if not isinstance(head, nn.Linear):
         return
-    if features.ndim == 0 or features.shape[-1] != head.in_features:
+    if features.shape[-1] != head.in_features:
         raise ValueError(f"{NAME}: features {tuple(features.shape)} do not end in the head's width {head.in_features}")
     if head.weight.device != features.device:
         raise ValueError(f"{NAME}: features are on {features.device}, the head is on {head.weight.device}")
-    if head.weight.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type):
-        raise ValueError(f"{NAME}: features are {features.dtype}, the head is {head.weight.dtype}; use one dtype")
+    others = [p.dtype for p in (head.weight, head.bias) if p is not None and p.dtype != features.dtype]
+    if others and not torch.is_autocast_enabled(features.device.type):
+        raise ValueError(f"{NAME}: features are {features.dtype}, the head is {others[0]}; use one dtype")
 
 
 def _check_targets(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
     """On a CPU only: a GPU would have to be waited for."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+    if targets.device.type != "cpu" or runtime.simulated():
         return
     ids = targets if mask is None else targets[mask]
     if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocabulary):

@@ -296,7 +296,7 @@ def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if mask is None else mask.contiguous().view(torch.uint8)
 
 
-@torch.library.custom_op("bevt_kernels::masked_embedding", mutates_args=())
+@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_embedding", mutates_args=())
 def _forward(
     tokens: Tensor,
     mask: Tensor | None,
@@ -338,7 +338,7 @@ def _run_forward(
     return out
 
 
-@torch.library.custom_op("bevt_kernels::masked_embedding_backward", mutates_args=())
+@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_embedding_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     tokens: Tensor,
@@ -434,7 +434,7 @@ def masked_embedding(
         ValueError: a mask whose cells do not cover the token grid, or a mask without a mask token; other ranks, widths,
             dtypes or devices.
     """
-    _check(tokens, mask, norm_weight, norm_bias, mask_token)
+    _check(tokens, mask, norm_weight, norm_bias, mask_token, eps)
     if runtime.fused("masked_embedding", tokens.device, _refusal(tokens, norm_weight, norm_bias, mask_token)):
         token = None if mask is None else mask_token
         return _forward(tokens, mask, norm_weight, norm_bias, token, eps, _out_dtype(tokens))
@@ -442,8 +442,13 @@ def masked_embedding(
 
 
 def _check(
-    tokens: Tensor, mask: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, mask_token: Tensor | None
+    tokens: Tensor, mask: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, mask_token: Tensor | None, eps: float
 ) -> None:
+    runtime.expect_tensors("masked_embedding", tokens=tokens, norm_weight=norm_weight, norm_bias=norm_bias)
+    optional = {"mask": mask, "mask_token": mask_token}
+    runtime.expect_tensors("masked_embedding", **{name: x for name, x in optional.items() if x is not None})
+    if not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"masked_embedding: eps is {eps!r}, expected a number of at least 0")
     if tokens.ndim not in (4, 5):
         raise ValueError(
             f"masked_embedding: tokens are (B, t, h, w, C) or (B, h, w, C), "
@@ -455,6 +460,13 @@ def _check(
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor.shape != (width,):
             raise ValueError(f"masked_embedding: {name} is {tuple(tensor.shape)}, but the tokens have {width} channels")
+    dtypes = {norm_weight.dtype, norm_bias.dtype}
+    if len(dtypes) > 1 or not dtypes <= {tokens.dtype, torch.float32}:
+        if not torch.is_autocast_enabled(tokens.device.type):
+            raise ValueError(
+                f"masked_embedding: norm_weight is {norm_weight.dtype} and norm_bias {norm_bias.dtype}; both must be "
+                f"of the tokens' dtype {tokens.dtype} or torch.float32"
+            )
     if mask is not None:
         if mask_token is None:
             raise ValueError("masked_embedding: a mask needs a mask token to put in place of the hidden tokens")
@@ -472,6 +484,8 @@ def _check(
         raise ValueError(
             f"masked_embedding: the mask token has {mask_token.numel()} values, but the tokens have {width} channels"
         )
+    if mask_token is not None and not mask_token.is_floating_point():
+        raise ValueError(f"masked_embedding: the mask token is {mask_token.dtype}, not floating-point numbers")
     others = {"mask": mask, "norm_weight": norm_weight, "norm_bias": norm_bias, "mask_token": mask_token}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != tokens.device:

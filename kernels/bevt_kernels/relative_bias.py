@@ -56,11 +56,14 @@ def _bias_tiles(
             bias = tl.where(foreign, bias + separated, bias)
             tl.store(out, tl.where(exists, bias, -float("inf")), mask=inside)
         else:
+            finite = bias < float("inf")
             bias = tl.minimum(tl.maximum(bias, -LARGEST), LARGEST)
             bias = tl.where(tl.abs(bias) < SMALLEST, SMALLEST, bias)
             bits = tl.where(exists, bias, -float("inf")).to(tl.float16).to(tl.int16, bitcast=True)
             # rounded to one bit less, which then holds the mark; minus infinity stays itself
             bits = ((bits + 1) & -2) | foreign.to(tl.int16)
+            # a diverged table must not be clamped into one that works: infinity makes NaN in the softmax, as NaN does
+            bits = tl.where(finite | ~exists, bits, 0x7E00)
             tl.store(out, bits, mask=inside)
 
 

@@ -5,10 +5,11 @@ Every kernel is started through `launch`, so that `compile_check` can see exactl
 """
 
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -41,10 +42,15 @@ if INTERPRETED:
 OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
 Implementation = Literal["auto", "reference", "fused"]
 
+# operators are registered under the package's own name, so that a copy in another project does not take their place
+NAMESPACE = (__package__ or "bevt_kernels").replace(".", "_")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _implementation: Implementation = "auto"
 _warned: set[str] = set()
 _launches: "list[Launch] | None" = None
 _target = 0
+_one_at_a_time = threading.Lock()  # the interpreter keeps the place in the grid of one program for the whole process
 
 
 class Inner(NamedTuple):
@@ -77,9 +83,15 @@ def power_of_2(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
+def constant(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, which would import the compiler (2 s) for this one attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @contextmanager
 def implementation(name: Implementation) -> Iterator[None]:
-    """Choose who answers within the block: "reference", "fused", or "auto" (the default).
+    """Choose who answers within the block, in every thread: "reference", "fused", or "auto" (the default).
 
     "auto" asks the kernels wherever they can run. "fused" does the same, and also runs them on a CPU under Triton's
     interpreter (TRITON_INTERPRET=1); what they cannot do falls back to the reference with one warning.
@@ -102,6 +114,8 @@ def fused(function: str, device: torch.device, refusal: str | None = None) -> bo
     if _implementation == "reference":
         return False
     missing = _missing(device.type, device.index)
+    if missing is None and refusal is None and not torch.compiler.is_compiling() and _transformed():
+        refusal = "the kernels know neither the transforms of torch.func nor forward-mode gradients"
     if missing is None and refusal is None:
         return True
     if _implementation == "fused" or (device.type == "cuda" and missing is None):
@@ -116,7 +130,21 @@ def warn_once(text: str) -> None:
         warnings.warn(text, stacklevel=2)
 
 
-@torch.compiler.assume_constant_result
+def simulated() -> bool:
+    """Whether torch is tracing, or a mode (fake tensors, a tracer) stands in for tensors: values cannot be read, and
+    what is made is of no use afterwards.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation is at work; torch would say so badly or, for
+    a forward-mode gradient, answer 0.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+@constant
 def _missing(device: str, index: int | None) -> str | None:
     """Why no kernel can run on this device; None if they can."""
     if not AVAILABLE:
@@ -162,7 +190,17 @@ def launch(
         with torch.cuda.device(device):
             kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
     else:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        with _one_at_a_time:
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def expect_tensors(function: str, **given: Any) -> None:
+    """Refuse arguments that are not dense tensors."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} is of type {type(value).__name__}, expected a torch.Tensor")
+        if value.layout is not torch.strided or value.is_nested:
+            raise ValueError(f"{function}: {name} is a sparse or nested tensor, expected a dense one")
 
 
 @contextmanager

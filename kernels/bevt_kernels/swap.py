@@ -148,6 +148,6 @@ def _empty(original: type[nn.Module], which: str) -> Any:
     return derived.__new__(derived)
 
 
-@torch.compiler.assume_constant_result
+@runtime.constant
 def _say(sentence: str) -> None:
     runtime.warn_once(sentence)

@@ -12,9 +12,11 @@ relative_bias.py (table to tiles, gradient to table), over the tables of window_
 gradient and lists what was tried.
 """
 
+import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,18 +130,22 @@ def _backward(
 
 
 def _even(qkv: Tensor) -> Tensor:
-    """qkv itself if its tokens lie evenly spaced and its last dimension is contiguous; else a copy that does."""
-    return qkv if qkv.stride(-1) == 1 and token_stride(qkv) is not None else qkv.contiguous()
+    """qkv itself if its tokens lie evenly spaced and its last dimension is contiguous; else a copy that does.
+
+    The kernels double the stride from q to k in whatever integer it fits.
+    """
+    even = qkv.stride(-1) == 1 and token_stride(qkv) is not None and qkv.stride(4) < 2**30
+    return qkv if even else qkv.contiguous()
 
 
-@torch.library.custom_op("bevt_kernels::window_attention", mutates_args=())
+@torch.library.custom_op(f"{runtime.NAMESPACE}::window_attention", mutates_args=())
 def _fused(
     qkv: Tensor, bias_table: Tensor, window: list[int], shift: list[int], mask_shift: list[int], bias_index: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(qkv, bias_table, *_typed(window, shift, mask_shift, bias_index))
 
 
-@torch.library.custom_op("bevt_kernels::window_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{runtime.NAMESPACE}::window_attention_backward", mutates_args=())
 def _fused_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -218,27 +224,40 @@ def window_attention(
         mask_shift: take the regions of the -100 from this shift instead (SPEC X3); default: `shift`.
         bias_index: "true" offsets, or the "official" rows of a clipped window (SPEC X2).
     Returns:
-        (B, t, h, w, nH, d) in the dtype of qkv. Logits and softmax are float32 (float64 for float64 inputs).
+        (B, t, h, w, nH, d) in the dtype of qkv. Logits and softmax are float32 (float64 for float64 inputs). With
+        bfloat16 the kernels round a bias to ten bits, and take one beyond 60,000 d**-0.5 as that: finer than bfloat16
+        itself for biases of up to about 25.
         Deterministic: two runs give equal bits, gradients included.
     Raises:
         ValueError: arguments that do not belong together, in one sentence with their names and numbers.
+        TypeError: no tensor where one belongs.
     """
-    mask_shift = shift if mask_shift is None else mask_shift
+    window, shift = _triple("window", window, 1), _triple("shift", shift, 0)
+    mask_shift = shift if mask_shift is None else _triple("mask_shift", mask_shift, 0)
     _check(qkv, bias_table, window, shift, mask_shift, bias_index)
     if runtime.fused("window_attention", qkv.device, _refusal(qkv, bias_table, window)):
         return _fused(qkv, bias_table, list(window), list(shift), list(mask_shift), bias_index)[0]
     return reference(qkv, bias_table, window, shift, mask_shift, bias_index)
 
 
+def _triple(name: str, given: Any, least: int) -> Triple:
+    """Three whole numbers of any kind, as ints."""
+    try:
+        t, h, w = map(operator.index, given)
+    except (TypeError, ValueError):
+        t = h = w = least - 1
+    if min(t, h, w) < least:
+        _refuse(f"{name} is {given}, expected three whole numbers of at least {least}")
+    return t, h, w
+
+
 def _check(
     qkv: Tensor, bias_table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
 ) -> None:
     """Refuse what cannot mean anything."""
+    runtime.expect_tensors("window_attention", qkv=qkv, bias_table=bias_table)
     if qkv.ndim != 7 or qkv.shape[4] != 3:
         _refuse(f"qkv is {tuple(qkv.shape)}, expected (B, t, h, w, 3, nH, d)")
-    for name, triple, least in (("window", window, 1), ("shift", shift, 0), ("mask_shift", mask_shift, 0)):
-        if len(triple) != 3 or min(triple) < least:
-            _refuse(f"{name} is {tuple(triple)}, expected three whole numbers of at least {least}")
     if bias_index not in ("true", "official"):
         _refuse(f"bias_index is {bias_index!r}, expected 'true' or 'official'")
     grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
@@ -246,18 +265,20 @@ def _check(
         _refuse(f"qkv is {tuple(qkv.shape)}; only the batch may be empty")
     used = used_window(grid, window)
     if any(length % size for length, size in zip(grid, used)):
-        _refuse(f"the grid {grid} is not a multiple of the window {tuple(window)}; pad it first")
+        _refuse(f"the grid {grid} is not a multiple of the window {window}; pad it first")
     for name, triple in (("shift", shift), ("mask_shift", mask_shift)):
         if any(step >= size for step, size in zip(triple, used)):
-            _refuse(f"{name} is {tuple(triple)}, which must be less than the window {used} on every axis")
+            _refuse(f"{name} is {triple}, which must be less than the window {used} on every axis")
     rows = prod([2 * size - 1 for size in window])
     if bias_table.shape != (rows, qkv.shape[5]):
         _refuse(
-            f"the bias table is {tuple(bias_table.shape)} but the window {tuple(window)} with {qkv.shape[5]} heads "
+            f"the bias table is {tuple(bias_table.shape)} but the window {window} with {qkv.shape[5]} heads "
             f"needs {(rows, qkv.shape[5])}"
         )
-    if not qkv.dtype.is_floating_point or not bias_table.dtype.is_floating_point:
-        _refuse(f"qkv is {qkv.dtype} and the bias table {bias_table.dtype}; both must be floating point")
+    if not {qkv.dtype, bias_table.dtype} <= {*DTYPES, torch.float64}:
+        _refuse(
+            f"qkv is {qkv.dtype} and the bias table {bias_table.dtype}; both must be floating point of 16 to 64 bits"
+        )
     if qkv.device != bias_table.device:
         _refuse(f"qkv is on {qkv.device} but the bias table is on {bias_table.device}")
 
@@ -275,6 +296,10 @@ def _refusal(qkv: Tensor, bias_table: Tensor, window: Triple) -> str | None:
     tokens = prod(used_window((qkv.shape[1], qkv.shape[2], qkv.shape[3]), window))
     if tokens > LARGEST_WINDOW:
         return f"the kernels take windows of at most {LARGEST_WINDOW:,} tokens, not {tokens:,}"
+    # the kernels count windows and heads, and the slots of a sample, in 32 bits; a window has up to 63 slots to spare
+    sample = qkv.shape[1:4].numel()
+    if max(qkv.shape[0] * sample * qkv.shape[5], sample // tokens * (tokens + 63)) >= 2**31:
+        return f"the kernels take less than 2**31 tokens times heads, not {tuple(qkv.shape)}"
     return None
 
 

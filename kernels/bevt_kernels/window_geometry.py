@@ -8,12 +8,16 @@ A kernel sees a window as RS *slots*, N padded to whole tiles. Within a window t
 the keys a tile of queries can see are one contiguous range (`span`); a padding slot repeats the token of slot 0.
 """
 
+import functools
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import runtime
 
 Triple = tuple[int, int, int]
 BiasIndex = Literal["true", "official"]
@@ -52,7 +56,18 @@ def used_window(grid: Triple, window: Triple) -> Triple:
     return (min(grid[0], window[0]), min(grid[1], window[1]), min(grid[2], window[2]))
 
 
-@lru_cache(maxsize=64)
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """lru_cache for real tensors only."""
+    kept = lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def get(*arguments: Any) -> Tensor:
+        return make(*arguments) if runtime.simulated() else kept(*arguments)
+
+    return get
+
+
+@_kept
 def bias_rows(window: Triple, used: Triple, bias_index: BiasIndex, device: torch.device) -> Tensor:
     """The row of the bias table for every (query, key) of a window: (N, N) int64.
 
@@ -78,7 +93,7 @@ def regions(grid: Triple, used: Triple, shift: Triple, device: torch.device) -> 
     return windows(labels, used).reshape(-1, prod(used))
 
 
-@lru_cache(maxsize=64)
+@_kept
 def shift_mask(grid: Triple, used: Triple, shift: Triple, device: torch.device, dtype: torch.dtype) -> Tensor:
     """0 where two tokens of a window were neighbours before the roll, else -100: (nW, N, N). The grid is padded."""
     with torch.inference_mode(False):
@@ -119,7 +134,10 @@ def plan(
         slots = -(-count // tile) * tile
         index = torch.arange(prod(grid)).view(1, *grid, 1)
         token = windows(roll(index, shift, -1), used).reshape(-1, count)  # (nW, N)
-        patterns, kind = torch.unique(_canonical(regions(grid, used, mask_shift, cpu)), dim=0, return_inverse=True)
+        # few windows differ, and comparing all pairs of tokens is only for those few
+        labels, labelled = torch.unique(regions(grid, used, mask_shift, cpu), dim=0, return_inverse=True)
+        patterns, kind = torch.unique(_canonical(labels), dim=0, return_inverse=True)
+        kind = kind[labelled]
         kinds = len(patterns)
         order = patterns.argsort(dim=1, stable=True) if sort else torch.arange(count).expand(kinds, -1)
         token = token.gather(1, order[kind])

@@ -106,10 +106,26 @@ def test_what_does_not_fit_is_named(name):
             ((features, weight, None, mask.float()), r"torch.float32, not torch.bool"),
             ((features, weight.half()), "one dtype, got torch.float16, torch.float32"),
             ((features, weight.to("meta")), "one device, got cpu, meta"),
+            ((features[..., :0], weight[:, :0]), r"got \(2, 3, 0\) and \(10, 0\)"),
+            ((features.long(), weight.long()), "the features are torch.int64"),
+            ((features.to("meta"), weight.to("meta"), None, mask.to("meta")), "nobody knows what is hidden"),
         ]
         for arguments, words in wrong:
             with pytest.raises(ValueError, match=words):
                 codebook_argmax(*arguments)
+        not_tensors: list[tuple[Any, str]] = [
+            ((None, weight), "features is of type NoneType"),
+            ((features, torch.nn.Linear(16, 10)), "weight is of type Linear, expected a torch.Tensor"),
+            ((features, weight, None, mask.tolist()), "mask is of type list"),
+        ]
+        for arguments, words in not_tensors:
+            with pytest.raises(TypeError, match=f"^codebook_argmax: {words}"):
+                codebook_argmax(*arguments)
+
+
+def test_without_a_mask_the_meta_device_knows_the_shape():
+    features, weight = torch.empty(2, 3, 16, device="meta"), torch.empty(10, 16, device="meta")
+    assert codebook_argmax(features, weight).shape == (2, 3)
 
 
 @interpreted

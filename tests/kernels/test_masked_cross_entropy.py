@@ -4,6 +4,7 @@ the fused computation against the reference, in the interpreter on a CPU.
 
 import copy
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -218,9 +219,51 @@ def test_what_does_not_fit_is_named(name):
             ((features, head, targets.to("meta"), mask), "one device, got cpu, meta"),
             ((features, copy.deepcopy(head).to("meta"), targets, mask), "features are on cpu, the head is on meta"),
             ((features.half(), head, targets, mask), "features are torch.float16, the head is torch.float32"),
+            ((features, _half_bias(head), targets, mask), "features are torch.float32, the head is torch.float16"),
+            ((torch.tensor(1.0), head, torch.tensor(1), None), r"features are \(\), expected \(..., K\)"),
+            ((features[..., :0], nn.Linear(0, 11), targets, mask), r"features are \(2, 3, 4, 0\), expected"),
+            ((features, nn.Flatten(0), targets, None), r"the head made \(144,\) of \(24, 6\), expected \(M, V\)"),
+            (
+                (features.to("meta"), copy.deepcopy(head).to("meta"), targets.to("meta"), mask.to("meta")),
+                "on the meta device nobody knows what is hidden",
+            ),
         ):
             with pytest.raises(ValueError, match=words):
                 masked_cross_entropy(*arguments)
+        wrong: list[tuple[Any, str]] = [
+            ((None, head, targets, mask), "features is of type NoneType"),
+            ((features, None, targets, mask), "head is of type NoneType, expected a module"),
+            ((features, head, [1], mask), "targets is of type list"),
+            ((features, head, targets, mask.numpy()), "mask is of type ndarray"),
+        ]
+        for arguments, words in wrong:
+            with pytest.raises(TypeError, match=f"^masked_cross_entropy: {words}"):
+                masked_cross_entropy(*arguments)
+
+
+def _half_bias(head):
+    head = copy.deepcopy(head)
+    head.bias = nn.Parameter(head.bias.half())
+    return head
+
+
+@pytest.mark.parametrize("name", ["reference", "fused"])
+def test_one_position_may_have_no_axis(name):
+    features, head = torch.randn(16, requires_grad=True), nn.Linear(16, 20)
+    for mask in (None, torch.tensor(True)):
+        with implementation(name):
+            loss, _ = masked_cross_entropy(features, head, torch.tensor(3), mask)
+        torch.testing.assert_close(loss, -head(features).log_softmax(-1)[3])
+
+
+@pytest.mark.parametrize("name", ["reference", "fused"])
+def test_the_accuracy_is_the_callers(name):
+    features, head, targets, mask = _case(torch.float32)
+    with implementation(name):
+        loss, accuracy = masked_cross_entropy(features, head, targets, mask)
+    accuracy.mul_(100)
+    loss.backward()
+    assert features.grad is not None
 
 
 @interpreted

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,12 @@ def test_no_mask_hides_nothing():
         ({"tokens": torch.ones(2, 4, 6)}, r"got 3 axes \(2, 4, 6\)"),
         ({"tokens": torch.ones(2, 4, 4, 6, dtype=torch.int32)}, "the tokens are torch.int32"),
         ({"norm_bias": torch.ones(6, device="meta")}, "norm_bias is on meta, but the tokens are on cpu"),
+        ({"norm_weight": torch.ones(6).long()}, "norm_weight is torch.int64 and norm_bias torch.float32; both must"),
+        ({"norm_weight": torch.ones(6).double()}, "norm_weight is torch.float64 and norm_bias torch.float32"),
+        ({"norm_bias": torch.ones(6).bfloat16()}, "norm_bias torch.bfloat16; .* the tokens' dtype torch.float32"),
+        ({"mask_token": torch.ones(6).long()}, "the mask token is torch.int64"),
+        ({"eps": None}, "eps is None, expected a number of at least 0"),
+        ({"eps": -1.0}, "eps is -1.0"),
     ],
 )
 def test_what_does_not_fit_is_named(change, sentence):
@@ -72,8 +79,18 @@ def test_what_does_not_fit_is_named(change, sentence):
         "norm_bias": one,
         "mask_token": one,
     }
-    with pytest.raises(ValueError, match=f"^masked_embedding: .*{sentence}"):
-        masked_embedding(**arguments | change)
+    for name in ("reference", "fused"):
+        with implementation(name), pytest.raises(ValueError, match=f"^masked_embedding: .*{sentence}"):
+            masked_embedding(**arguments | change)
+
+
+@pytest.mark.parametrize("name", ["tokens", "mask", "norm_weight", "norm_bias", "mask_token"])
+def test_what_is_no_tensor_is_named(name):
+    arguments: list[Any] = [torch.randn(2, 4, 4, 6), torch.zeros(2, 2, 2, dtype=torch.bool), *torch.ones(3, 6)]
+    place = ["tokens", "mask", "norm_weight", "norm_bias", "mask_token"].index(name)
+    arguments[place] = arguments[place].numpy()
+    with pytest.raises(TypeError, match=f"^masked_embedding: {name} is of type ndarray, expected a torch.Tensor"):
+        masked_embedding(*arguments)
 
 
 # -- the kernels: on a GPU, or under Triton's interpreter --------------------------------------------------------------

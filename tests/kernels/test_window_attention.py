@@ -1,12 +1,16 @@
 """Window attention against a pair-by-pair construction from the specification, and against MONAI's."""
 
+from fractions import Fraction
+from importlib import import_module
 from math import prod
 
+import numpy
 import pytest
 import torch
 
-from bevt_kernels import window_attention
+from bevt_kernels import implementation, runtime, window_attention
 from bevt_kernels.window_attention import bias_rows, shift_mask
+from bevt_kernels.window_geometry import plan
 from tests.kernels.brute_force import attention
 
 CASES = {
@@ -127,3 +131,97 @@ def test_wrong_shapes_are_named():
         window_attention(qkv, table, (2, 4, 3))
     with pytest.raises(ValueError, match=r"the bias table is \(75, 2\).* needs \(175, 2\)"):
         window_attention(qkv, table, (4, 3, 3))
+
+
+@pytest.mark.parametrize("kind", [list, torch.Size, torch.tensor, numpy.array, lambda x: map(numpy.int64, x)])
+@pytest.mark.parametrize("name", ["reference", "fused"])
+def test_whole_numbers_may_come_in_any_form(kind, name):
+    qkv, table = _inputs(CASES["shifted"], torch.float32)
+    with implementation(name):
+        expected = window_attention(qkv, table, (2, 3, 3), (1, 1, 1), (0, 1, 1))
+        assert torch.equal(window_attention(qkv, table, kind([2, 3, 3]), kind([1, 1, 1]), kind([0, 1, 1])), expected)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"qkv": None}, TypeError, "qkv is of type NoneType, expected a torch.Tensor"),
+        ({"qkv": numpy.zeros(3)}, TypeError, "qkv is of type ndarray"),
+        ({"bias_table": None}, TypeError, "bias_table is of type NoneType"),
+        ({"qkv": torch.zeros(1, 2, 4, 4, 3, 2, 8).to_sparse()}, ValueError, "qkv is a sparse or nested tensor"),
+        ({"qkv": torch.zeros(1, 4, 4, 3, 2, 8)}, ValueError, r"qkv is \(1, 4, 4, 3, 2, 8\), expected \(B, t, h"),
+        ({"qkv": torch.zeros(1, 2, 4, 4, 3, 2, 0)}, ValueError, "only the batch may be empty"),
+        ({"qkv": torch.zeros(1, 2, 4, 4, 3, 2, 8, dtype=torch.int32)}, ValueError, "qkv is torch.int32"),
+        ({"qkv": torch.zeros(1, 2, 4, 4, 3, 2, 8).to(torch.float8_e4m3fn)}, ValueError, "qkv is torch.float8_e4m3fn"),
+        ({"bias_table": torch.zeros(27)}, ValueError, r"the bias table is \(27,\) .* needs \(27, 2\)"),
+        ({"bias_table": torch.zeros(27, 2, device="meta")}, ValueError, "on cpu but the bias table is on meta"),
+        ({"window": 2}, ValueError, "window is 2, expected three whole numbers of at least 1"),
+        ({"window": None}, ValueError, "window is None, expected three"),
+        ({"window": (2, 2)}, ValueError, r"window is \(2, 2\), expected three"),
+        ({"window": (2, 2.0, 2)}, ValueError, r"window is \(2, 2.0, 2\), expected three"),
+        ({"window": "222"}, ValueError, "window is 222, expected three"),
+        ({"window": (2, 0, 2)}, ValueError, r"window is \(2, 0, 2\), expected three"),
+        ({"shift": None}, ValueError, "shift is None, expected three whole numbers of at least 0"),
+        ({"shift": (0, -1, 0)}, ValueError, r"shift is \(0, -1, 0\), expected three"),
+        ({"shift": (0, Fraction(1), 0)}, ValueError, "shift is .* expected three"),
+        ({"shift": (0, 2, 0)}, ValueError, r"shift is \(0, 2, 0\), which must be less than the window \(2, 2, 2\)"),
+        ({"mask_shift": (0, 0, 2)}, ValueError, r"mask_shift is \(0, 0, 2\), which must be less"),
+        ({"bias_index": "other"}, ValueError, "bias_index is 'other', expected 'true' or 'official'"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, error, words):
+    arguments = {"qkv": torch.zeros(1, 2, 4, 4, 3, 2, 8), "bias_table": torch.zeros(27, 2), "window": (2, 2, 2)}
+    for name in ("reference", "fused"):
+        with implementation(name), pytest.raises(error, match=f"^window_attention: .*{words}"):
+            window_attention(**arguments | change)
+
+
+def test_what_32_bits_cannot_count_is_refused():
+    module = import_module("bevt_kernels.window_attention")
+    for shape, words in (
+        ((2**20, 1, 64, 64, 3, 1, 16), "less than"),  # programs
+        ((1, 512, 512, 256, 3, 1, 16), "less than"),  # slots of a sample, in windows of one token
+        ((1, 512, 512, 64, 3, 1, 16), None),
+    ):
+        qkv = torch.empty(0, dtype=torch.bfloat16, device="meta").expand(1, 1, 1, 1, 1, 1, 0).new_empty(shape)
+        refusal = module._refusal(qkv, qkv.new_empty(1, 1), (1, 1, 1))
+        assert (refusal is None) if words is None else words in (refusal or "")
+    # q, k and v so far apart that twice their distance is more than 32 bits: a copy brings them together
+    far = torch.empty_strided((1, 1, 1, 2, 3, 1, 16), (0, 0, 0, 16, 2**30, 16, 1), device="meta")
+    assert module._even(far).stride(4) == 16
+    assert module._even(far[..., :1, :, :]).shape[4] == 1
+
+
+def test_the_plan_of_a_large_grid_compares_the_tokens_of_few_windows(monkeypatch):
+    # all pairs of tokens of all 16,384 windows would be 315 MB
+    seen = []
+    module = import_module("bevt_kernels.window_geometry")
+    canonical = module._canonical
+    monkeypatch.setattr(module, "_canonical", lambda label: (seen.append(len(label)), canonical(label))[1])
+    shift = (0, 3, 3)
+    made = plan.__wrapped__((1, 896, 896), (1, 7, 7), shift, shift, "true", 64, True, False, torch.device("cpu"))
+    assert made.kinds == 4 and seen == [4]
+
+
+@pytest.mark.skipif(not runtime.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy about NaN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [5, 9])
+def test_what_is_no_number_stays_in_its_sample_and_is_not_hidden(dtype, wrong, side):
+    qkv = torch.randn(2, 1, side, side, 3, 1, 16).to(dtype)
+    table = torch.randn((2 * side - 1) ** 2, 1).to(dtype)
+    spoilt, window = qkv.clone(), (1, side, side)
+    spoilt[0, 0, 1, 1] = wrong
+    results = []
+    with implementation("fused"):
+        for given in (qkv, spoilt):
+            leaf = given.clone().requires_grad_()
+            out = window_attention(leaf, table, window)
+            results.append((out.detach(), *torch.autograd.grad(out.sum(), leaf)))
+        for out, spoilt_out in zip(*results):
+            assert torch.equal(out[1], spoilt_out[1])
+            assert spoilt_out[0].isnan().any()
+        diverged = table.clone()
+        diverged[0] = wrong
+        assert window_attention(qkv, diverged, window).isnan().any()
