@@ -149,8 +149,10 @@ def warps(qkv: Tensor) -> int:
 
 
 def registers(qkv: Tensor) -> dict[str, int]:
-    """On sm_100 a ceiling of three programs a multiprocessor: left alone, ptxas aims at four and spills a little."""
-    return {"maxnreg": 168} if capability(qkv.device) >= 100 and qkv.dtype != torch.float32 else {}
+    """A ceiling of registers where ptxas, left alone, aims at one more program a multiprocessor and spills a little."""
+    if qkv.dtype == torch.float32:
+        return {"maxnreg": 255}
+    return {"maxnreg": 168} if capability(qkv.device) >= 100 else {}
 
 
 def is_wide(dtype: torch.dtype, table: torch.dtype) -> bool:

@@ -521,8 +521,9 @@ def backward(
     geometry_ = (plan.token, plan.kind, plan.span)
     order = (windows, min(GROUP, max(windows, 1)))
     # sm_80 keeps a tile's operands in registers, where two of 64 x 64 do not fit
-    narrow = capability(qkv.device) < 90 and qkv.dtype != torch.float32
-    blocks = _blocks(plan, plan.tile // 2 if narrow else plan.tile)
+    exact = qkv.dtype == torch.float32
+    narrow = capability(qkv.device) < 90 and not exact
+    blocks = _blocks(plan, plan.tile // 2 if narrow or (exact and width > 32) else plan.tile)
     launch(
         _backward_queries,
         _grid(plan, windows, heads),
@@ -535,7 +536,7 @@ def backward(
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 6 * width),
     )  # fmt: skip
-    if qkv.dtype == torch.float32 or (narrow and width > 32):
+    if exact or (narrow and width > 32):
         blocks = _blocks(plan, 16)
     else:
         blocks = _blocks(plan, plan.tile // 2 if narrow and plan.masked else plan.tile)
@@ -546,6 +547,7 @@ def backward(
         c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
         **forward_walk,
+        **(registers(qkv) if exact else {"maxnreg": 255} if narrow else {}),
         num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 8 * width),
