@@ -1,4 +1,6 @@
-"""What every test stands on: fixed seeds, few threads, the programs' own way of starting."""
+"""What every test stands on: fixed seeds, few threads, the programs' own way of starting; where there is no GPU, the
+kernels in Triton's interpreter.
+"""
 
 import os
 import subprocess
@@ -7,6 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.training.command import environment
+
+# read when a kernel is defined, so before anything imports bevt_kernels; programs that tests start do not inherit it
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,10 +37,8 @@ def program():
 
     def start(*arguments, timeout=240, check=None, env=None):
         command = [sys.executable, *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        place = environment(**(env or {}))
+        done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=timeout)
         if check is not None:
             assert done.returncode == check, (
                 f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -4,10 +4,14 @@ Legend: B batch; T H W frames, pixel rows, pixel columns; t = T / 2 time steps o
 target grid (16-pixel cells); V codebook size. In every mask `True` means hidden, and therefore predicted.
 
 NamedTuples, because DeepSpeed ZeRO-3 looks for tensors inside tuples and does not open dataclasses.
+
+Masks stay on the CPU: how much is hidden decides how much is computed, and to ask a GPU is to wait for everything it
+was given before.
 """
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -50,3 +54,10 @@ class Losses(NamedTuple):
     clip: Float[Tensor, ""]
     image_accuracy: Float[Tensor, ""]
     clip_accuracy: Float[Tensor, ""]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for what a GPU still has to do."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory the copy would wait its turn, and the host with it
+    return tensor.to(device, non_blocking=True)

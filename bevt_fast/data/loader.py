@@ -30,7 +30,8 @@ MAX_RESTARTS = 3  # of a stream's worker pool (NEEDS F08)
 
 
 class Loader:
-    """An endless iterator of JointBatch, one a micro-batch, starting exactly at `first_step`; floats on `device`.
+    """An endless iterator of JointBatch, one a micro-batch, starting exactly at `first_step`: pixels on `device`, masks
+    on the CPU.
 
     `sources` maps "clips" and "images" to a Source or None. `heldout=True` reads sources of samples never trained on:
     always the same views, without augmentation.
@@ -92,14 +93,14 @@ class Loader:
             feed.close()
 
     def _images(self, item: dict[str, Any]) -> Images:
-        pixels, token_pixels, mask = (item[k].to(self.device, non_blocking=True) for k in Images._fields)
+        pixels, token_pixels = (item[k].to(self.device, non_blocking=True) for k in ("pixels", "token_pixels"))
         normalised = pipeline_reference.normalise(pixels).contiguous()
-        return Images(normalised, pipeline_reference.map_pixels(token_pixels).contiguous(), mask)
+        return Images(normalised, pipeline_reference.map_pixels(token_pixels).contiguous(), item["mask"])
 
     def _clips(self, item: dict[str, Any]) -> Clips:
-        pixels, token_pixels, mask = (item[k].to(self.device, non_blocking=True) for k in Clips._fields)
+        pixels, token_pixels = (item[k].to(self.device, non_blocking=True) for k in ("pixels", "token_pixels"))
         normalised = pipeline_reference.normalise(pixels).transpose(1, 2).contiguous()  # (B, 3, T, H, W)
-        return Clips(normalised, pipeline_reference.map_pixels(token_pixels).contiguous(), mask)
+        return Clips(normalised, pipeline_reference.map_pixels(token_pixels).contiguous(), item["mask"])
 
 
 class _Feed:

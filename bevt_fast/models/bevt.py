@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from bevt_fast.data.batch import send
 from bevt_fast.errors import ConfigError
 from bevt_fast.models.video_swin import (
     BiasIndex,
@@ -38,10 +39,10 @@ class HiddenRows(NamedTuple):
     positions: Int64[Tensor, "M"]  # in the grid, ascending: where those rows belong
 
 
-def hidden_rows(mask: Bool[Tensor, "B *t gh gw"], frames: int = 1) -> HiddenRows:
-    """Where the mask is True; `frames` is how many frames a time step of a clip has.
+def hidden_rows(mask: Bool[Tensor, "B *t gh gw"], frames: int = 1, device: torch.device | None = None) -> HiddenRows:
+    """Where the mask is True, on `device` (None: the mask's); `frames` is how many frames a time step of a clip has.
 
-    The host waits for the mask here, to know how many rows there are, and nowhere after it: call this first.
+    The host has to know how many rows there are: of a mask on the CPU it does, for one on a GPU it waits here.
     """
     *outside, rows, columns = mask.shape
     grid = (*outside[:-1], outside[-1] * frames, rows, columns)  # images have no time, and one frame
@@ -51,7 +52,9 @@ def hidden_rows(mask: Bool[Tensor, "B *t gh gw"], frames: int = 1) -> HiddenRows
     first = cells + plane * (frames - 1) * rows * columns
     steps = torch.arange(frames, device=mask.device) * rows * columns
     positions, order = (first[:, None] + steps).flatten().sort()
-    return HiddenRows(grid, cells, parent * 4 + row % 2 * 2 + column % 2, order, positions)
+    corners = parent * 4 + row % 2 * 2 + column % 2
+    device = mask.device if device is None else device
+    return HiddenRows(grid, *(send(rows, device) for rows in (cells, corners, order, positions)))
 
 
 class MaskToken(nn.Module):
@@ -163,7 +166,8 @@ class Bevt(nn.Module):
         if self.clip_decoder is None:
             raise ConfigError("this model was built without the stream 'clips'")
         _check_sides(pixels, mask)
-        features = self.encoder.stages(pixels, mask, None if mask is None else self.mask_token())
+        mask, token = (None, None) if mask is None else (send(mask, pixels.device), self.mask_token())
+        features = self.encoder.stages(pixels, mask, token)
         return self.encoder.norm(self.clip_decoder(features[2], features[3], rows))
 
     def image_features(
@@ -178,7 +182,8 @@ class Bevt(nn.Module):
         if self.image_decoder is None:
             raise ConfigError("this model was built without the stream 'images'")
         _check_sides(pixels, mask)
-        tokens = cast(Stem, self.image_stem)(pixels, mask, None if mask is None else self.mask_token())
+        mask, token = (None, None) if mask is None else (send(mask, pixels.device), self.mask_token())
+        tokens = cast(Stem, self.image_stem)(pixels, mask, token)
         features = self.encoder.stages_of(tokens[:, None], self.image_attention)
         decoded = self.encoder.norm(self.image_decoder(features[2], features[3], rows))
         return decoded[:, 0] if rows is None else decoded

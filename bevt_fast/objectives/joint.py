@@ -32,9 +32,8 @@ class JointObjective(nn.Module):
         """
         image_count, clip_count = hidden if hidden is not None else (None, None)
         images, clips, model = batch.images, batch.clips, self.model
-        # both before either encoder: to count rows is to wait for what was enqueued before
-        image_rows = hidden_rows(images.mask) if images else None
-        clip_rows = hidden_rows(clips.mask, model.config.patch[0]) if clips else None
+        image_rows = hidden_rows(images.mask, device=images.pixels.device) if images else None
+        clip_rows = hidden_rows(clips.mask, model.config.patch[0], clips.pixels.device) if clips else None
         image_ids = _hidden_ids("images", targets.images, image_rows)
         clip_ids = _hidden_ids("clips", targets.clips, clip_rows)
         image, image_accuracy = self._loss(model.image_features, images, image_rows, image_ids, image_count)
@@ -55,7 +54,7 @@ class JointObjective(nn.Module):
             zero = torch.zeros((), device=self.model.head.weight.device)
             return zero, zero
         features = features_of(stream.pixels, stream.mask, rows)  # (M, K)
-        loss, accuracy = masked_cross_entropy(features, self.model.head, ids, torch.ones_like(ids, dtype=torch.bool))
+        loss, accuracy = masked_cross_entropy(features, self.model.head, ids)
         # a mean over M positions, as a share of `count`
         return loss if count is None else loss * (len(ids) / max(float(count), sys.float_info.min)), accuracy
 

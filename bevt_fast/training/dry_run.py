@@ -1,6 +1,7 @@
 """--dry-run: what would be computed, on what, from which files, without a GPU, without DeepSpeed, without a step."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -9,8 +10,10 @@ from bevt_fast.config import Config, accumulation
 from bevt_fast.data import loader
 from bevt_fast.data.batch import JointBatch
 from bevt_fast.errors import UserError
+from bevt_fast.models.video_swin import VideoSwinConfig
 from bevt_fast.training import distributed, estimate
 from bevt_fast.training.assemble import build_objective, check_parts, initial_weights, open_heldout, open_sources
+from bevt_fast.training.estimate import StreamShape
 
 
 def describe(config: Config) -> Iterator[str]:
@@ -21,7 +24,7 @@ def describe(config: Config) -> Iterator[str]:
     world_size = distributed.world_size_from_environment()
     accumulation(config, world_size)
     check_parts(config)
-    yield estimate.report(config, world_size)
+    yield report(config, world_size)
     data = open_sources(config)
     for name, source in data.items():
         yield f"{name}: {len(source):,} files of {source.name} under {source.root}"
@@ -38,6 +41,97 @@ def describe(config: Config) -> Iterator[str]:
     if config.model.weights:
         model = build_objective(config, estimate.codebook_size(config), initialise=False).model
         yield initial_weights(model, config.model.weights)
+
+
+def report(config: Config, world_size: int) -> str:
+    """The figures of a run as text: parameters, shapes and FLOPs of every stage, the step, the memory of a process."""
+    shape, vocab_size, name = VideoSwinConfig.of(config.model), estimate.codebook_size(config), config.tokenizer.name
+    streams = estimate.stream_shapes(config)
+    counts = estimate.parameters(shape, vocab_size, tuple(config.streams))
+    lines = ["learnt parameters", *(f"  {part:<14}{count:>14,}" for part, count in counts.items())]
+    lines += [f"  {'sum':<14}{sum(counts.values()):>14,}"]
+    frozen = estimate.tokenizer_parameters(name, vocab_size)
+    lines += [f"  and {frozen:,} frozen ones of the tokenizer {name}"] if frozen else []
+    for stream in streams:
+        lines += ["", *_stream_lines(shape, stream, name, vocab_size)]
+    lines += ["", *_step_lines(config, streams, world_size)]
+    return "\n".join([*lines, "", *_memory_lines(config, streams, sum(counts.values()), world_size)])
+
+
+def _stream_lines(shape: VideoSwinConfig, stream: StreamShape, tokenizer: str, vocab_size: int) -> list[str]:
+    one, side = stream.name.removesuffix("s"), stream.side // estimate.CELL
+    cost, nominal = (f(shape, stream, tokenizer, vocab_size) for f in (estimate.costs, estimate.nominal_costs))
+    lines = [f"{stream.name}: {stream.frames} x {stream.side} x {stream.side} pixels; forward FLOPs of one {one}"]
+    lines += [f"  {'':<34}{'necessary':>12}{'nominal':>14}"]
+    sizes = estimate.grids(shape, stream)
+    stem = estimate.stem_flops(shape, stream)
+    rows: list[tuple[str, tuple[int, ...], float, float, str]] = []
+    rows.append(("stem", (*sizes[0], shape.embed_dim), stem, stem, ""))
+    flops = estimate.stage_flops(shape, stream)
+    for number, (grid, width, stage) in enumerate(zip(sizes, shape.widths, flops), start=1):
+        used = " x ".join(str(min(pair)) for pair in zip(grid, shape.window))
+        rows.append((f"stage {number}", (*grid, width), stage, stage, f"windows of {used}"))
+    rows.append(("decoder", (stream.frames, side, side, shape.widths[-1]), cost.decoder, nominal.decoder, ""))
+    note = f"{stream.hidden:.1%} of {stream.cells:,} positions are hidden (mean)"
+    rows.append(("token head", (stream.frames, side, side, vocab_size), cost.head, nominal.head, note))
+    if cost.tokenizer is not None and nominal.tokenizer is not None:
+        frames = f"{stream.frames} frame{'s' * (stream.frames > 1)} of {stream.side // 2} x {stream.side // 2} pixels"
+        note = f"{stream.tokenized:.1%} of {frames}" if stream.frames > 1 else frames
+        rows.append(("tokenizer", (stream.frames, side, side), cost.tokenizer, nominal.tokenizer, note))
+    for name, size, flop, most, note in rows:
+        lines.append(
+            f"  {name:<12}{' x '.join(map(str, size)):<22}{_flops(flop):>12}{_flops(most):>14}  {note}".rstrip()
+        )
+    known = "and the tokenizer" if cost.tokenizer is not None else f"without the tokenizer {tokenizer}"
+    training = f"{_flops(cost.training)} per {one} necessary, {_flops(nominal.training)} nominal"
+    return [*lines, f"  training: {training}: three times the learnt parts {known}"]
+
+
+def _step_lines(config: Config, streams: Sequence[StreamShape], world_size: int) -> list[str]:
+    batches = [
+        f"{stream.batch} {name} ({accumulation(config, world_size)} x {stream.micro_batch} x {world_size})"
+        for name, stream in config.streams.items()
+    ]
+    lines = [f"a step: {' and '.join(batches)}: micro-batches x micro-batch x processes"]
+    for count, flops in estimate.step_flops(config, streams)._asdict().items():
+        line = f"  {count}: {_flops(flops)}, {_flops(flops / world_size)} for each process"
+        steps = config.train.steps
+        lines.append(line + (f"; {_flops(flops * steps)} in {steps:,} steps" if steps else ""))
+    return [*lines, "  (necessary: what the program computes, and what MFU counts; nominal: the official program)"]
+
+
+def _memory_lines(config: Config, streams: Sequence[StreamShape], count: int, world_size: int) -> list[str]:
+    precision = config.train.precision
+    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 1))
+    rows = estimate.state_bytes(count, precision, stage, world_size)
+    kept, plain = (_activations(config, streams, fused) for fused in (True, False))
+    rows[f"activations of a micro-batch{' (checkpointed)' * config.model.activation_checkpointing}"] = kept
+    frozen = estimate.tokenizer_parameters(config.tokenizer.name, estimate.codebook_size(config))
+    rows["tokenizer"] = 4 * (frozen or 0)
+    rows["sum"] = sum(rows.values())
+    lines = [
+        f"memory of a process: {precision}, ZeRO {stage}, {world_size} process{'es' * (world_size > 1)}; an estimate"
+    ]
+    lines += [f"  {name:<46}{size / 2**20:>12,.1f} MiB" for name, size in rows.items()]
+    lines += [f"  (with the fused kernels; where there are none, activations are {plain / 2**20:,.1f} MiB)"]
+    return [*lines, "  (temporaries, DeepSpeed's buffers and the allocator's reserve come on top)"]
+
+
+def _activations(config: Config, streams: Sequence[StreamShape], fused: bool) -> float:
+    """Bytes that a micro-batch of one process keeps for its backward pass."""
+    shape, vocab_size = VideoSwinConfig.of(config.model), estimate.codebook_size(config)
+    precision, checkpointing = config.train.precision, config.model.activation_checkpointing
+    samples = {
+        s.name: estimate.activation_bytes(shape, s, vocab_size, precision, checkpointing, fused) for s in streams
+    }
+    kept = sum(config.streams[name].micro_batch * sample for name, sample in samples.items())
+    return kept + (len(streams) * estimate.head_gradient_bytes(shape, vocab_size) if fused else 0)
+
+
+def _flops(value: float) -> str:
+    """Four digits and a unit."""
+    power = min(max(int(math.log10(max(value, 1))) // 3, 2), 6)
+    return f"{value / 1000**power:.4g} {'MGTPE'[power - 2]}FLOP"
 
 
 def first_batch(batch: JointBatch) -> list[str]:

@@ -96,7 +96,7 @@ def answer(run: "Run", stream: str, batch: Images | Clips) -> Answers:
     else:
         features = model.clip_features(pixels, batch.mask)
         hidden = batch.mask.repeat_interleave(targets.shape[1] // batch.mask.shape[1], dim=1)
-    return Answers(hidden, targets, model.head(features).argmax(dim=-1))
+    return Answers(hidden.to(targets.device), targets, model.head(features).argmax(dim=-1))
 
 
 def score_heldout(run: "Run") -> tuple[dict[str, Score], dict[str, tuple[Images | Clips, Answers]]]:

@@ -3,14 +3,20 @@
 FLOPs are 2 x multiply-add of matrix products and convolutions, forward, as in SPEC 8.1; a training step is three times
 the learnt parts (forward, and two products backward for each) and once the frozen tokenizer (SPEC 8.2). Windows that
 are clipped and grids that are padded count as they are computed. The memory of activations is an estimate.
+
+There are two counts, and one function for both. Necessary is what the program computes: decoder, head and tokenizer
+leave out, exactly, what only visible cells need. Nominal is what the official program computes (SPEC 8.2, row A): the
+same function of a stream with everything hidden. How fast a GPU works (MFU) is a matter of the necessary count alone.
 """
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from bevt_fast.config import Config, accumulation, open_part
+import numpy as np
+
+from bevt_fast.config import Config, open_part
 from bevt_fast.data import masking
 from bevt_fast.data.sources import Frames
 from bevt_fast.models.video_swin import VideoSwinConfig
@@ -20,21 +26,28 @@ CELL = 16  # pixels, of the mask and target grid
 TOKEN_CELL = 8  # the same cell in the tokenizer's half-size view
 DALLE_WIDTH = 256  # n of SPEC 3.1
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-MASKS = 200  # drawn for the mean share of hidden cells: strategies often fall short of their target (SPEC 2.1)
+MASKS = 1000  # drawn for mean shares: strategies often fall short of their target (SPEC 2.1), a tube's length is random
+TILE = {"bf16": 64, "fp16": 64, "fp32": 32}  # tokens of a window are kept in whole tiles of the fused attention
 
 
 class StreamShape(NamedTuple):
-    """One stream of the model: `frames` and `side` in pixels, `hidden` the mean share of cells to predict."""
+    """One stream of the model, and the mean shares of what its masks make necessary."""
 
     name: str
     frames: int  # 1 for images
-    side: int
-    hidden: float
+    side: int  # pixels
+    hidden: float  # of the cells: what is predicted
+    tokenized: float = 1.0  # of the frames: those with a hidden cell
 
     @property
     def cells(self) -> int:
-        """Positions the decoder predicts, hidden or not."""
+        """Positions the decoder could predict."""
         return self.frames * (self.side // CELL) ** 2
+
+    @property
+    def all_hidden(self) -> "StreamShape":
+        """The stream whose necessary work is the nominal one."""
+        return self._replace(hidden=1.0, tokenized=1.0)
 
 
 def grids(shape: VideoSwinConfig, stream: StreamShape) -> list[Triple]:
@@ -75,12 +88,15 @@ def encoder_flops(shape: VideoSwinConfig, stream: StreamShape) -> int:
     return stem_flops(shape, stream) + sum(stage_flops(shape, stream))
 
 
-def decoder_flops(shape: VideoSwinConfig, stream: StreamShape) -> int:
-    """Space doubled, fused with stage 3, and for clips time doubled (SPEC 1.6)."""
+def decoder_flops(shape: VideoSwinConfig, stream: StreamShape) -> float:
+    """Space doubled, then on hidden cells fused with stage 3, and for clips time doubled (SPEC 1.6).
+
+    Doubling space is one product for all of stage 4, whatever is hidden.
+    """
     *_, stage3, stage4 = map(math.prod, grids(shape, stream))
     width = shape.widths[-1]
     time = 2 * stage3 * width * shape.patch[0] * width if stream.name == "clips" else 0
-    return 2 * stage4 * width * 4 * width + 2 * stage3 * (width + width // 2) * width + time
+    return 2 * stage4 * width * 4 * width + stream.hidden * (2 * stage3 * (width + width // 2) * width + time)
 
 
 def head_flops(shape: VideoSwinConfig, vocab_size: int, rows: float) -> float:
@@ -88,14 +104,16 @@ def head_flops(shape: VideoSwinConfig, vocab_size: int, rows: float) -> float:
     return 2 * rows * shape.widths[-1] * vocab_size
 
 
-def tokenizer_flops(name: str, vocab_size: int, side: int) -> int | None:
-    """One frame of the tokenizer's view, `side` pixels wide; None for a tokenizer whose layers are not known here."""
+def tokenizer_flops(name: str, vocab_size: int, stream: StreamShape) -> float | None:
+    """Frames with a hidden cell, and of the last layer hidden cells only; None for a tokenizer whose layers are not
+    known here.
+    """
     layers = _tokenizer_layers(name, vocab_size)
-    return (
-        None
-        if layers is None
-        else sum(2 * (side // step) ** 2 * inputs * outputs * kernel**2 for inputs, outputs, kernel, step in layers)
-    )
+    if layers is None:
+        return None
+    side = stream.side // 2
+    *body, last = (2 * (side // step) ** 2 * inputs * outputs * kernel**2 for inputs, outputs, kernel, step in layers)
+    return stream.frames * (stream.tokenized * sum(body) + stream.hidden * last)
 
 
 def tokenizer_parameters(name: str, vocab_size: int) -> int | None:
@@ -105,7 +123,7 @@ def tokenizer_parameters(name: str, vocab_size: int) -> int | None:
 
 
 def _tokenizer_layers(name: str, vocab_size: int) -> list[tuple[int, int, int, int]] | None:
-    """Convolutions: channels in and out, kernel side, pixels between two outputs."""
+    """Convolutions: channels in and out, kernel side, pixels between two outputs. The last one scores the ids."""
     if name == "patch_kmeans":
         return [(3, vocab_size, TOKEN_CELL, TOKEN_CELL)]
     if name != "dalle":
@@ -164,29 +182,39 @@ def state_bytes(count: int, precision: str, zero_stage: int, world_size: int) ->
 
 
 def activation_bytes(
-    shape: VideoSwinConfig, stream: StreamShape, vocab_size: int, precision: str, checkpointing: bool
+    shape: VideoSwinConfig, stream: StreamShape, vocab_size: int, precision: str, checkpointing: bool, fused: bool
 ) -> float:
-    """Estimate, good to a tenth, of what one clip or image keeps for the backward pass of plain PyTorch attention.
+    """Estimate, good to a tenth, of what one clip or image keeps for the backward pass, with the fused kernels or with
+    the plain PyTorch references.
 
     With checkpointing: the inputs of all blocks, and one block that is being recomputed.
     """
-    size = BYTES[precision]
-    last = shape.widths[-1]
+    size, last = BYTES[precision], shape.widths[-1]
     sizes = grids(shape, stream)
-    kept, largest = math.prod(sizes[0]) * shape.embed_dim * size, 0.0
+    # the pixels, and what the stem makes of them
+    kept, largest = size * (3 * stream.frames * stream.side**2 + math.prod(sizes[0]) * shape.embed_dim), 0.0
     for index, (grid, width, heads, depth) in enumerate(zip(sizes, shape.widths, shape.heads, shape.depths)):
         tokens, (padded, window) = math.prod(grid), windows(shape, grid)
         # inputs of both norms and linears, q k v together, both sides of the GELU
         block = size * (tokens * width * (4 + 2 * shape.mlp_ratio) + padded * width * 4)
-        # float32 logits: scaled q (and k, where it is a copy), the softmax, and its copy in low precision
-        block += padded * (width * (4 if size == 4 else 8) + heads * window * (4 if size == 4 else 4 + size))
+        if fused:  # the logarithm of each softmax's sum
+            block += padded * heads * 4 * math.ceil(window / TILE[precision]) * TILE[precision] / window
+        else:  # float32 logits: scaled q (and k, where it is a copy), the softmax, and its copy in low precision
+            block += padded * (width * (4 if size == 4 else 8) + heads * window * (4 if size == 4 else 4 + size))
         kept += depth * (tokens * width * size if checkpointing else block)
         largest = max(largest, block)
         kept += 2 * size * 4 * width * math.prod(sizes[index + 1]) if index < 3 else 0
-    fused, frames = math.prod(sizes[2]), stream.cells
-    decoder = size * last * (1.5 * fused + (fused if stream.name == "clips" else 0) + frames)
-    hidden = stream.hidden * stream.cells * (size * last + 4 * vocab_size)
-    return kept + decoder + hidden + (largest if checkpointing else 0)
+    fuse, double_time = 1.5 * math.prod(sizes[2]), math.prod(sizes[2]) if stream.name == "clips" else 0
+    kept += size * last * (math.prod(sizes[3]) + stream.hidden * (fuse + double_time))
+    # the final norm's input; the head's, and its log-softmax, or in one the gradient that is already known
+    positions = stream.hidden * stream.cells
+    kept += positions * (2 * size * last + (0 if fused else 4 * vocab_size))
+    return kept + (largest if checkpointing else 0)
+
+
+def head_gradient_bytes(shape: VideoSwinConfig, vocab_size: int) -> int:
+    """What the fused cross-entropy keeps of one stream beside the activations: its share of the head's gradient."""
+    return 4 * (shape.widths[-1] + 1) * vocab_size
 
 
 class Costs(NamedTuple):
@@ -204,18 +232,28 @@ class Costs(NamedTuple):
 
 
 def costs(shape: VideoSwinConfig, stream: StreamShape, tokenizer: str, vocab_size: int) -> Costs:
-    """The head on hidden positions only, the tokenizer on every frame."""
-    frame = tokenizer_flops(tokenizer, vocab_size, stream.side // 2)
+    """The necessary FLOPs: SPEC 8.2 row C, less the decoder's rows and the tokenizer's scores of visible cells."""
     return Costs(
         encoder_flops(shape, stream),
         decoder_flops(shape, stream),
         head_flops(shape, vocab_size, stream.hidden * stream.cells),
-        None if frame is None else frame * stream.frames,
+        tokenizer_flops(tokenizer, vocab_size, stream),
     )
 
 
+def nominal_costs(shape: VideoSwinConfig, stream: StreamShape, tokenizer: str, vocab_size: int) -> Costs:
+    """The FLOPs of the official program: SPEC 8.2 row A."""
+    return costs(shape, stream.all_hidden, tokenizer, vocab_size)
+
+
+def mean_shares(masks: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Of masks as the loader draws them, ([t,] g, g): the share of hidden cells, and of frames that have one."""
+    planes = np.concatenate([mask.reshape(-1, *mask.shape[-2:]) for mask in masks])
+    return float(planes.mean()), float(planes.any(axis=(1, 2)).mean())
+
+
 def stream_shapes(config: Config) -> list[StreamShape]:
-    """The streams of a configuration: frames from the source's options, hidden share from masks as training draws."""
+    """The streams of a configuration: frames from the source's options, shares from masks as training draws them."""
     shapes = []
     for name, stream in config.streams.items():
         side, frames, steps = stream.view.size, 1, None
@@ -224,92 +262,31 @@ def stream_shapes(config: Config) -> list[StreamShape]:
             frames = int(getattr(options, "frames", Frames().count))
             steps = frames // 2
         draw, grid = masking.build(stream.mask), (side // CELL, side // CELL)
-        hidden = sum(float(draw(grid, steps, random.Random(number)).mean()) for number in range(MASKS)) / MASKS
-        shapes.append(StreamShape(name, frames, side, hidden))
+        shares = mean_shares(draw(grid, steps, random.Random(number)) for number in range(MASKS))
+        shapes.append(StreamShape(name, frames, side, *shares))
     return shapes
 
 
-def step_flops(config: Config) -> float:
-    """FLOPs of one step over all processes: what MFU is a share of. Recomputed activations do not count."""
-    shape, vocab_size, name = VideoSwinConfig.of(config.model), codebook_size(config), config.tokenizer.name
-    streams = config.streams
-    return sum(streams[s.name].batch * costs(shape, s, name, vocab_size).training for s in stream_shapes(config))
+class StepFlops(NamedTuple):
+    """Of one step over all processes. Activations that are computed twice count once."""
+
+    necessary: float  # what MFU is a share of
+    nominal: float
 
 
-def report(config: Config, world_size: int) -> str:
-    """The figures of a run as text: parameters, shapes and FLOPs of every stage, the step, the memory of a process."""
-    shape, vocab_size = VideoSwinConfig.of(config.model), codebook_size(config)
-    counts = parameters(shape, vocab_size, tuple(config.streams))
-    lines = ["learnt parameters", *(f"  {part:<14}{count:>14,}" for part, count in counts.items())]
-    lines += [f"  {'sum':<14}{sum(counts.values()):>14,}"]
-    frozen = tokenizer_parameters(config.tokenizer.name, vocab_size)
-    lines += [f"  and {frozen:,} frozen ones of the tokenizer {config.tokenizer.name}"] if frozen else []
-    for stream in stream_shapes(config):
-        lines += ["", *_stream_lines(shape, stream, config.tokenizer.name, vocab_size)]
-    lines += ["", *_step_lines(config, world_size), "", *_memory_lines(config, sum(counts.values()), world_size)]
-    return "\n".join(lines)
-
-
-def _stream_lines(shape: VideoSwinConfig, stream: StreamShape, tokenizer: str, vocab_size: int) -> list[str]:
-    one, cost = stream.name.removesuffix("s"), costs(shape, stream, tokenizer, vocab_size)
-    side = stream.side // CELL
-    lines = [f"{stream.name}: {stream.frames} x {stream.side} x {stream.side} pixels; forward FLOPs of one {one}"]
-    sizes = grids(shape, stream)
-    rows: list[tuple[str, tuple[int, ...], float, str]] = []
-    rows.append(("stem", (*sizes[0], shape.embed_dim), stem_flops(shape, stream), ""))
-    for number, (grid, width, flops) in enumerate(zip(sizes, shape.widths, stage_flops(shape, stream)), start=1):
-        used = " x ".join(str(min(pair)) for pair in zip(grid, shape.window))
-        rows.append((f"stage {number}", (*grid, width), flops, f"windows of {used}"))
-    rows.append(("decoder", (stream.frames, side, side, shape.widths[-1]), cost.decoder, ""))
-    note = f"{stream.hidden:.1%} of {stream.cells:,} positions are hidden (mean)"
-    rows.append(("token head", (round(stream.hidden * stream.cells), vocab_size), cost.head, note))
-    if cost.tokenizer is not None:
-        note = f"{stream.frames} frame{'s' * (stream.frames > 1)} of {stream.side // 2} x {stream.side // 2} pixels"
-        rows.append(("tokenizer", (stream.frames, side, side), cost.tokenizer, note))
-    for name, size, flops, note in rows:
-        lines.append(f"  {name:<12}{' x '.join(map(str, size)):<22}{_flops(flops):>12}  {note}".rstrip())
-    known = "and the tokenizer" if cost.tokenizer is not None else f"without the tokenizer {tokenizer}"
-    return [*lines, f"  training: {_flops(cost.training)} per {one}: three times the learnt parts {known}"]
-
-
-def _step_lines(config: Config, world_size: int) -> list[str]:
-    batches = [
-        f"{stream.batch} {name} ({accumulation(config, world_size)} x {stream.micro_batch} x {world_size})"
-        for name, stream in config.streams.items()
-    ]
-    flops = step_flops(config)
-    lines = [
-        f"a step: {' and '.join(batches)}: micro-batches x micro-batch x processes",
-        f"  {_flops(flops)}, {_flops(flops / world_size)} for each process",
-    ]
-    return lines + (
-        [f"  {_flops(flops * config.train.steps)} in {config.train.steps:,} steps"] if config.train.steps else []
+def step_flops(config: Config, streams: Sequence[StreamShape] | None = None) -> StepFlops:
+    """`streams`: those of the configuration, where they are known already."""
+    shape, name, vocab_size = VideoSwinConfig.of(config.model), config.tokenizer.name, codebook_size(config)
+    streams = stream_shapes(config) if streams is None else streams
+    return StepFlops(
+        *(
+            sum(
+                config.streams[stream.name].batch * count(shape, stream, name, vocab_size).training
+                for stream in streams
+            )
+            for count in (costs, nominal_costs)
+        )
     )
-
-
-def _memory_lines(config: Config, count: int, world_size: int) -> list[str]:
-    shape, vocab_size, precision = VideoSwinConfig.of(config.model), codebook_size(config), config.train.precision
-    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 1))
-    rows = state_bytes(count, precision, stage, world_size)
-    streams = config.streams
-    kept = 0.0
-    for stream in stream_shapes(config):
-        sample = activation_bytes(shape, stream, vocab_size, precision, config.model.activation_checkpointing)
-        kept += streams[stream.name].micro_batch * sample
-    rows[f"activations of a micro-batch{' (checkpointed)' * config.model.activation_checkpointing}"] = kept
-    rows["tokenizer"] = 4 * (tokenizer_parameters(config.tokenizer.name, vocab_size) or 0)
-    rows["sum"] = sum(rows.values())
-    lines = [
-        f"memory of a process: {precision}, ZeRO {stage}, {world_size} process{'es' * (world_size > 1)}; an estimate"
-    ]
-    lines += [f"  {name:<46}{size / 2**20:>12,.1f} MiB" for name, size in rows.items()]
-    return [*lines, "  (temporaries, DeepSpeed's buffers and the allocator's reserve come on top)"]
-
-
-def _flops(value: float) -> str:
-    """Four digits and a unit."""
-    power = min(max(int(math.log10(max(value, 1))) // 3, 2), 6)
-    return f"{value / 1000**power:.4g} {'MGTPE'[power - 2]}FLOP"
 
 
 def codebook_size(config: Config) -> int:

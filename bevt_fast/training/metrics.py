@@ -53,7 +53,9 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Writes on the main process, is quiet on the others. FLOPs, images and clips a step are those of all processes."""
+    """Writes on the main process, is quiet on the others. Images, clips and necessary FLOPs (`estimate`) a
+    step are those of all processes.
+    """
 
     def __init__(
         self,

@@ -87,13 +87,14 @@ class Run:
             device=world.device,
             first_step=self.first_step,
         )
+        self.flops = step_flops(config)
         self.metrics = Metrics(
             self.output,
             total_steps=self.last_step,
             first_step=self.first_step,
             images_per_step=config.images.batch if config.images else 0,
             clips_per_step=config.clips.batch if config.clips else 0,
-            flops_per_step=step_flops(config),
+            flops_per_step=self.flops.necessary,
             is_main=world.is_main,
         )
         if world.is_main:
@@ -278,7 +279,8 @@ class Run:
         return (
             f"{begin}: {', '.join(parts)}; {count / 1e6:.1f} M parameters; {self.last_step} steps of "
             f"{self.accumulation} micro-batches on {self.world.size} process(es), {self.world.device.type}, "
-            f"{self.config.train.precision}, ZeRO {self.engine.stage}; output {self.output}"
+            f"{self.config.train.precision}, ZeRO {self.engine.stage}; {self.flops.necessary:.3g} FLOP a step are "
+            f"necessary (nominal {self.flops.nominal:.3g}); output {self.output}"
         )
 
 

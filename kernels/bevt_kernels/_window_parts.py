@@ -66,9 +66,69 @@ def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.conste
     return tl.minimum(first // BLOCK, end), end
 
 
+@triton.jit
+def _attended(first, end, begin, stop, COARSE: tl.constexpr, REST: tl.constexpr):
+    """Whether a strip with the span (first, end) met the keys begin ... stop in the forward without asking whether they
+    count: it walks blocks of COARSE slots, and all slots from REST on."""
+    lo = first // COARSE * COARSE
+    hi = (end + COARSE - 1) // COARSE * COARSE
+    return ((stop > lo) & (begin < hi)) | (stop > REST)
+
+
+@triton.jit
+def _scores(a, b, bias, c):
+    """What `_power` makes p of. In 16 bits a b + bias, from accumulators that start as the bias.
+
+    In float32 that would round every partial sum as coarsely as the largest bias: there it is the logit,
+    (a b) c + bias.
+    """
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="ieee") * c + bias
+    else:
+        return tl.dot(a, b, bias, input_precision="ieee")
+
+
+@triton.jit
+def _power(x, m, c, EXACT: tl.constexpr):
+    """2**(x c - m) of 16-bit scores, a multiply-add and an exponential. EXACT takes the difference of logits first, so
+    that nothing as large as a logit is rounded once more."""
+    if EXACT:
+        return tl.exp2((x - m) * 1.4426950408889634)
+    else:
+        return tl.exp2(x * c - m)
+
+
+@triton.jit
+def _store_lse(ptr, offs, heads, m, total, exists, RS: tl.constexpr, EXACT: tl.constexpr):
+    """What the backward needs to find p again, with p = 0 at padding slots: the log-sum-exp in base 2.
+
+    EXACT keeps two planes, the maximum and the share 1 / total: a log-sum-exp of 8 is rounded by 5e-7, and that is the
+    relative error of a whole row of p, more than float32 allows.
+    """
+    if EXACT:
+        tl.store(ptr + offs, tl.where(exists, m, float("inf")))
+        tl.store(ptr + heads.to(tl.int64) * RS + offs, 1.0 / total)
+    else:
+        tl.store(ptr + offs, tl.where(exists, m + tl.log2(total), float("inf")))
+
+
+@triton.jit
+def _load_share(ptr, offs, heads, like, RS: tl.constexpr, EXACT: tl.constexpr):
+    """1 / total of each row where that was kept; unused otherwise."""
+    if EXACT:
+        return tl.load(ptr + heads.to(tl.int64) * RS + offs)
+    else:
+        return like
+
+
 def tile_size(dtype: torch.dtype) -> int:
     """Slots in a strip: a tensor-core product of a warp group has 64 rows; float32 has no tensor cores to feed."""
     return 32 if dtype == torch.float32 else 64
+
+
+def lse_planes(dtype: torch.dtype) -> int:
+    """See `_store_lse`."""
+    return 2 if dtype == torch.float32 else 1
 
 
 def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:
@@ -93,18 +153,20 @@ def registers(qkv: Tensor) -> dict[str, int]:
     return {"maxnreg": 168} if capability(qkv.device) >= 100 and qkv.dtype != torch.float32 else {}
 
 
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether the bias tiles are float32. A float16 bias is finer than the roundings of bfloat16, not than its own."""
-    return dtype != torch.bfloat16
+def is_wide(dtype: torch.dtype, table: torch.dtype) -> bool:
+    """Whether the bias tiles are float32. A bfloat16 table loses little in a float16 tile, which has two bits more; a
+    finer table would lose what its gradient can show."""
+    return not dtype == table == torch.bfloat16
 
 
 def padded_width(width: int) -> int:
     return max(16, power_of_2(width))
 
 
-def scales(width: int) -> tuple[float, float, float]:
-    """c, width**-0.5, and -100 as the accumulator holds it."""
-    return width**-0.5 * log2(e), width**-0.5, geometry.SEPARATED * width**0.5
+def scales(width: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """c (see `_scores`), width**-0.5, and -100 as a 16-bit accumulator holds it."""
+    scale = width**-0.5
+    return scale * (1.0 if dtype == torch.float32 else log2(e)), scale, geometry.SEPARATED / scale
 
 
 def strides(qkv: Tensor) -> tuple[int, int, int, int]:

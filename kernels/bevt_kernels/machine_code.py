@@ -163,7 +163,8 @@ def hot_loop(code: list[Instruction], labels: dict[str, int]) -> list[int]:
     # a loop inside another makes the outer one uninteresting, unless it only waits
     inner = [loop for loop in loops if not any(other < loop and 4 * weight(other) > weight(loop) for other in loops)]
     inner = [loop for loop in inner if weight(loop)]
-    return sorted(max(inner, key=lambda loop: (weight(loop), -len(loop)))) if inner else list(range(len(code)))
+    # of equals the first: what a kernel may skip comes after what it always does
+    return sorted(max(inner, key=lambda loop: (weight(loop), -min(loop)))) if inner else list(range(len(code)))
 
 
 def _loops(code: list[Instruction], labels: dict[str, int]) -> list[set[int]]:

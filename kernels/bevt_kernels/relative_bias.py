@@ -8,10 +8,13 @@ In 16-bit models a tile element is float16 whose lowest bit says "this pair belo
 adding -100 before the rounding would cost the bias its precision. In float32 the -100 is simply added.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
+from ._window_parts import is_wide
 from .runtime import cdiv, launch, tl, triton
 from .window_geometry import Plan
 
@@ -116,15 +119,18 @@ def _table_gradient(
     tl.store(grad_ptr + row[:, None] * nH + heads[None, :], grad, mask=exists)
 
 
-def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bool = False) -> Tensor:
-    """The bias of every kind of window and head, times width**0.5, as tiles: (kinds, nH, RS/tile, tile*RS).
+def bias_tiles(table: Tensor, plan: Plan, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """The bias of every kind of window and head as tiles: (kinds, nH, RS/tile, tile*RS).
 
-    Times width**0.5, because the kernels scale the sum of q k^T and this by width**-0.5.
+    Times width**0.5 for 16-bit kernels, which scale the sum of q k^T and this; as it is for float32 ones, which add it
+    to the scaled product (see _window_parts._scores).
     """
+    wide = is_wide(dtype, table.dtype)
+    factor = 1.0 if dtype == torch.float32 else width**0.5
     index = plan.bias_t if transposed else plan.bias
     heads, elements = table.shape[1], index[0].numel()
-    dtype = torch.float32 if wide else torch.int16
-    tiles = torch.empty(plan.kinds, heads, index.shape[1], index.shape[2], dtype=dtype, device=table.device)
+    shape = (plan.kinds, heads, index.shape[1], index.shape[2])
+    tiles = torch.empty(shape, dtype=torch.float32 if wide else torch.int16, device=table.device)
     block = 4096
     launch(
         _bias_tiles,
@@ -132,8 +138,8 @@ def bias_tiles(table: Tensor, plan: Plan, width: int, wide: bool, transposed: bo
         table,
         index,
         tiles,
-        width**0.5,
-        geometry.SEPARATED * width**0.5,
+        factor,
+        geometry.SEPARATED * factor,
         elements,
         heads,
         table.stride(0),
@@ -158,7 +164,7 @@ def table_gradient(partial: Tensor, first: Tensor, plan: Plan, like: Tensor) -> 
         like: the table; its shape and dtype are the result's.
     """
     heads, kinds = like.shape[1], len(first) - 1
-    elements = partial[0, 0].numel()
+    elements = prod(partial.shape[2:])
     total = torch.empty(heads, kinds, elements, dtype=torch.float32, device=partial.device)
     block = 4096
     launch(

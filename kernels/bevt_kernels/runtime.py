@@ -24,8 +24,8 @@ except ImportError:  # no Triton for this platform: the reference answers everyt
 
         constexpr = None
 
-        def jit(self, function: Any) -> Any:
-            return function
+        def jit(self, function: Any = None, **_options: Any) -> Any:
+            return function if function is not None else lambda function: function
 
     triton = tl = cast(Any, _Missing())
     AVAILABLE = False
@@ -36,7 +36,8 @@ INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from . import interpreter
 
-    interpreter.correct_bf16()
+    interpreter.correct()
+    interpreter.patch_language_once()
 
 OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
 Implementation = Literal["auto", "reference", "fused"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import runtime, window_single, window_tiles
-from ._window_parts import is_wide, tile_size, token_stride
+from ._window_parts import is_wide, lse_planes, tile_size, token_stride
 from .window_geometry import BiasIndex, Plan, Triple, bias_rows, plan, roll, shift_mask, used_window, windows
 
 LARGEST_WINDOW = 4096  # tokens; the geometry's tables grow with the square
@@ -82,26 +82,28 @@ def _reverse(out: Tensor, batch: int, grid: list[int], used: Triple) -> Tensor:
 
 
 # 2. The Triton kernels: window_tiles.py and window_single.py. 3. Autograd: allocate, launch, save.
-def _plan(qkv: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex) -> tuple[bool, Plan]:
+def _plan(
+    qkv: Tensor, table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
+) -> tuple[bool, Plan]:
     """Whether one tile holds a window, and the layer's plan."""
     grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
     tile, tokens = tile_size(qkv.dtype), prod(used_window(grid, window))
     single = tokens <= tile
     if single:
         tile = max(16, runtime.power_of_2(tokens))
-    wide = is_wide(qkv.dtype)
+    wide = is_wide(qkv.dtype, table.dtype)
     return single, plan(grid, window, shift, mask_shift, bias_index, tile, not single, wide, qkv.device)
 
 
 def _forward(
     qkv: Tensor, bias_table: Tensor, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward needs beside it."""
-    single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
+    single, layer = _plan(qkv, bias_table, window, shift, mask_shift, bias_index)
     qkv = _even(qkv)
     if single:
         out, lse = window_single.forward(qkv, bias_table, layer)
-        return out, lse, torch.empty(0, dtype=torch.int32, device=qkv.device)
+        return out, lse, torch.empty(0, dtype=torch.int32, device=qkv.device), out.new_empty(0)
     return window_tiles.forward(qkv, bias_table, layer)
 
 
@@ -112,6 +114,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     seen: Tensor,
+    rest: Tensor,
     window: Triple,
     shift: Triple,
     mask_shift: Triple,
@@ -119,11 +122,11 @@ def _backward(
     table_too: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and of the table."""
-    single, layer = _plan(qkv, window, shift, mask_shift, bias_index)
+    single, layer = _plan(qkv, bias_table, window, shift, mask_shift, bias_index)
     qkv, grad = _even(qkv), grad.contiguous()
     if single:
-        return window_single.backward(grad, qkv, bias_table, out, lse, layer, table_too)
-    return window_tiles.backward(grad, qkv, bias_table, out, lse, seen, layer, table_too)
+        return window_single.backward(grad, qkv, bias_table, lse, layer, table_too)
+    return window_tiles.backward(grad, qkv, bias_table, out, lse, seen, rest, layer, table_too)
 
 
 def _even(qkv: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ def _even(qkv: Tensor) -> Tensor:
 @torch.library.custom_op(f"{runtime.NAMESPACE}::window_attention", mutates_args=())
 def _fused(
     qkv: Tensor, bias_table: Tensor, window: list[int], shift: list[int], mask_shift: list[int], bias_index: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(qkv, bias_table, *_typed(window, shift, mask_shift, bias_index))
 
 
@@ -150,6 +153,7 @@ def _fused_backward(
     out: Tensor,
     lse: Tensor,
     seen: Tensor,
+    rest: Tensor,
     window: list[int],
     shift: list[int],
     mask_shift: list[int],
@@ -157,7 +161,7 @@ def _fused_backward(
     table_too: bool,
 ) -> tuple[Tensor, Tensor]:
     geometry = _typed(window, shift, mask_shift, bias_index)
-    return _backward(grad, qkv, bias_table, out, lse, seen, *geometry, table_too)
+    return _backward(grad, qkv, bias_table, out, lse, seen, rest, *geometry, table_too)
 
 
 @_fused.register_fake
@@ -169,9 +173,10 @@ def _(qkv, bias_table, window, shift, mask_shift, bias_index):
     slots = max(16, runtime.power_of_2(tokens)) if single else runtime.cdiv(tokens, tile) * tile
     count = batch * (prod(grid) // tokens)
     out = qkv.new_empty(batch, *grid, heads, width)
-    lse = qkv.new_empty(count, heads, slots, dtype=torch.float32)
+    lse = qkv.new_empty(lse_planes(qkv.dtype), count, heads, slots, dtype=torch.float32)
     shape = (0,) if single else (count, heads, slots // tile)
-    return out, lse, qkv.new_empty(shape, dtype=torch.int32)
+    rest = qkv.new_empty(0) if single or qkv.dtype == torch.float32 else torch.empty_like(out)
+    return out, lse, qkv.new_empty(shape, dtype=torch.int32), rest
 
 
 @_fused_backward.register_fake
@@ -376,5 +381,5 @@ def rehearse(case: Case, dtype: torch.dtype) -> None:
     qkv, table, window, shift, mask_shift, bias_index = inputs(case, dtype, "meta")
     geometry = (window, shift, shift if mask_shift is None else mask_shift, bias_index)
     with torch.no_grad():
-        out, lse, seen = _forward(qkv, table, *geometry)
-        _backward(torch.empty_like(out), qkv, table, out, lse, seen, *geometry, True)
+        out, lse, seen, rest = _forward(qkv, table, *geometry)
+        _backward(torch.empty_like(out), qkv, table, out, lse, seen, rest, *geometry, True)

@@ -12,7 +12,21 @@ import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
-from ._window_parts import _fragment, _load, _load_t, _visible, is_wide, padded_width, scales, stages, strides, warps
+from ._window_parts import (
+    _attended,
+    _fragment,
+    _load,
+    _load_share,
+    _load_t,
+    _power,
+    _scores,
+    is_wide,
+    padded_width,
+    scales,
+    stages,
+    strides,
+    warps,
+)
 from .relative_bias import table_gradient
 from .runtime import Inner, launch, tl, triton
 from .window_geometry import Plan
@@ -23,7 +37,7 @@ PROGRAMS = 1600  # what the bias gradient spreads its windows over: a few waves
 @triton.jit
 def _bias_step(
     qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row, column, head, nH,
-    stride_b, stride_s, stride_p, S, c, RS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, nW,
+    heads, stride_b, stride_s, stride_p, S, c, RS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, nW,
 ):  # fmt: skip
     """The item-th window of a kind: samples run slowest."""
     w = tl.load(listed_ptr + first + item % count)
@@ -37,13 +51,15 @@ def _bias_step(
     here = ((b * nW + w) * nH + head) * RS
     lse = tl.load(lse_ptr + here + row)
     delta = tl.load(delta_ptr + here + row)
-    x = tl.dot(q, kt, bias, input_precision="ieee")
-    p = tl.exp2(x * c - lse[:, None])
+    x = _scores(q, kt, bias, c)
+    p = _power(x, lse[:, None], c, q.dtype == tl.float32)
+    if q.dtype == tl.float32:
+        p *= _load_share(lse_ptr + here, row, heads, lse, RS, True)[:, None]
     dp = tl.dot(do, vt, input_precision="ieee")
     return acc + p * (dp - delta[:, None])
 
 
-@triton.jit(do_not_specialize=["S", "nW", "nH"])
+@triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows"])
 def _backward_bias(
     qkv_ptr,
     token_ptr,
@@ -66,6 +82,7 @@ def _backward_bias(
     S,
     nW,
     nH,
+    total_windows,
     RS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -73,6 +90,8 @@ def _backward_bias(
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
+    COARSE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """One pair of tiles of one head, over a group of windows of one kind: bias and its gradient stay in registers."""
     STRIPS: tl.constexpr = RS // TILE
@@ -98,12 +117,15 @@ def _backward_bias(
     acc = tl.zeros((TILE, TILE), tl.float32)
     middle = end
     if MASKED:
-        lo, hi = _visible(span_ptr, kind, strip, STRIPS, TILE, STRIPS)
-        middle = tl.where((columns >= lo) & (columns < hi), end, begin)
+        span_ptr += (kind * STRIPS + strip) * 2
+        attended = _attended(
+            tl.load(span_ptr), tl.load(span_ptr + 1), columns * TILE, columns * TILE + TILE, COARSE, REST
+        )
+        middle = tl.where(attended, end, begin)
     for item in range(begin, middle):
         acc = _bias_step(
             qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row, column,
-            head, nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
+            head, nH, total_windows * nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
         )  # fmt: skip
     if MASKED:
         for item in tl.range(middle, end, num_stages=1):
@@ -112,18 +134,20 @@ def _backward_bias(
             if tl.load(seen_ptr + place) != 0:
                 acc = _bias_step(
                     qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, listed_ptr, item, first, count, bias, acc, row,
-                    column, head, nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
+                    column, head, nH, total_windows * nH, stride_b, stride_s, stride_p, S, c, RS, D, DP, nW,
                 )  # fmt: skip
     partial_ptr += (((group * nH + head) * STRIPS + strip) * STRIPS + columns).to(tl.int64) * (TILE * TILE)
     tl.store(partial_ptr + tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :], acc)
 
 
 def gradient(
-    grad: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, seen: Tensor, delta: Tensor, tiles: Tensor, plan: Plan
-) -> Tensor:
-    """Gradient of the table; `tiles` are its bias tiles with queries as rows, `delta` is rowsum(dO * O)."""
+    grad: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, seen: Tensor, delta: Tensor, tiles: Tensor, plan: Plan,
+    forward_walk: dict[str, int],
+) -> Tensor:  # fmt: skip
+    """Gradient of the table; `tiles` are its bias tiles with queries as rows, `delta` is rowsum(dO * O), and
+    `forward_walk` says how the forward walked: COARSE and REST."""
     batch, heads, width = qkv.shape[0], qkv.shape[5], qkv.shape[6]
-    c, _, separated = scales(width)
+    c, _, separated = scales(width, qkv.dtype)
     tokens = qkv.shape[1] * qkv.shape[2] * qkv.shape[3]
     strips = plan.slots // plan.tile
     groups, first = _groups(plan.first, batch, strips * strips * heads, qkv.device)
@@ -134,9 +158,9 @@ def gradient(
         _backward_bias,
         (strips * strips * heads * len(groups),),
         qkv, plan.token, plan.kind, plan.span, tiles, grad, lse, seen, delta, plan.listed, groups, partial,
-        c, separated, *strides(qkv), tokens, len(plan.token), heads,
-        RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=is_wide(qkv.dtype), MASKED=plan.masked,
-        MASKED_KIND=geometry.MASKED_KIND,
+        c, separated, *strides(qkv), tokens, len(plan.token), heads, batch * len(plan.token),
+        RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=is_wide(qkv.dtype, table.dtype),
+        MASKED=plan.masked, MASKED_KIND=geometry.MASKED_KIND, **forward_walk,
         num_warps=warps(qkv),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.slots**2 / plan.tokens_per_window**2),

@@ -12,7 +12,22 @@ import torch
 from torch import Tensor
 
 from . import window_geometry as geometry
-from ._window_parts import _fragment, _load, _store, is_wide, padded_width, registers, scales, stages, strides
+from ._window_parts import (
+    _fragment,
+    _load,
+    _load_share,
+    _power,
+    _scores,
+    _store,
+    _store_lse,
+    is_wide,
+    lse_planes,
+    padded_width,
+    registers,
+    scales,
+    stages,
+    strides,
+)
 from .relative_bias import bias_tiles, table_gradient
 from .runtime import Inner, capability, launch, tl, triton
 from .window_geometry import Plan
@@ -27,7 +42,7 @@ def _forward(
     kind_ptr,  # (nW,) int32
     bias_ptr,  # (kinds, nH, TILE*TILE)
     out_ptr,  # (B, S, nH, D)
-    lse_ptr,  # (B*nW, nH, TILE) float32, base 2
+    lse_ptr,  # (planes, B*nW, nH, TILE) float32, base 2
     c,
     separated,
     stride_b,
@@ -68,14 +83,16 @@ def _forward(
             kind = tl.load(kind_ptr + window % nW)
             tile_ptr = bias_ptr + (kind % MASKED_KIND * nH + head).to(tl.int64) * (TILE * TILE)
             bias = _fragment(tile_ptr, kind >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED)
-        x = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
-        m = tl.max(x, 1) * c
-        p = tl.exp2(x * c - m[:, None])
+        x = _scores(q, tl.trans(k), bias, c)
+        m = tl.max(x, 1)
+        if q.dtype != tl.float32:
+            m *= c
+        p = _power(x, m[:, None], c, q.dtype == tl.float32)
         total = tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
         _store(out_ptr + b * S * nH * D + head * D, token * (nH * D), out, exists, D, DP)
-        lse = tl.where(exists, m + tl.log2(total), float("inf"))
-        tl.store(lse_ptr + (window * nH + head).to(tl.int64) * TILE + offs, lse)
+        here = lse_ptr + (window * nH + head).to(tl.int64) * TILE
+        _store_lse(here, offs, total_windows * nH, m, total, exists, TILE, q.dtype == tl.float32)
 
 
 @triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows", "per_program"])
@@ -84,7 +101,6 @@ def _backward(
     token_ptr,
     kind_ptr,
     bias_ptr,  # transposed tiles: keys are rows
-    out_ptr,
     grad_ptr,  # (B, S, nH, D): dO
     lse_ptr,
     dqkv_ptr,  # (B, S, 3, nH, D)
@@ -131,19 +147,22 @@ def _backward(
         v = _load(qkv_ptr + b * stride_b + 2 * stride_p, token * stride_s, D, DP)
         here = b * S * nH * D + head * D
         do = _load(grad_ptr + here, token * (nH * D), D, DP)
-        o = _load(out_ptr + here, token * (nH * D), D, DP)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        lse = tl.load(lse_ptr + (window * nH + head).to(tl.int64) * TILE + offs)
+        row = lse_ptr + (window * nH + head).to(tl.int64) * TILE
+        lse = tl.load(row + offs)
         if not ONE_KIND:
             kind = tl.load(kind_ptr + window % nW)
             tile_ptr = bias_ptr + (kind % MASKED_KIND * nH + head).to(tl.int64) * (TILE * TILE)
             bias = _fragment(tile_ptr, kind >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED)
-        x = tl.dot(k, tl.trans(q), bias, input_precision="ieee")
-        p = tl.exp2(x * c - lse[None, :])
+        x = _scores(k, tl.trans(q), bias, c)
+        p = _power(x, lse[None, :], c, q.dtype == tl.float32)
+        if q.dtype == tl.float32:
+            p *= _load_share(row, offs, total_windows * nH, lse, TILE, True)[None, :]
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
         dv = tl.dot(p.to(do.dtype), do, input_precision="ieee")
         _store(out + 2 * nH * D, token * (3 * nH * D), dv, exists, D, DP)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        # over the sum of p, which the rounding of a large log-sum-exp keeps from being 1; padding slots have none
+        delta = tl.sum(p * dp, 0) / tl.maximum(tl.sum(p, 0), 1e-30)
         ds = p * (dp - delta[None, :])
         acc += ds
         ds = ds.to(q.dtype)
@@ -156,18 +175,19 @@ def _backward(
 
 
 def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The output (B, t, h, w, nH, d) and the log-sum-exps (B*nW, nH, tile)."""
+    """The output (B, t, h, w, nH, d) and the log-sum-exps (planes, B*nW, nH, tile)."""
     batch, *grid, _, heads, width = qkv.shape
     out = torch.empty(batch, *grid, heads, width, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(batch * len(plan.token), heads, plan.tile, dtype=torch.float32, device=qkv.device)
-    c, _, separated = scales(width)
+    shape = (lse_planes(qkv.dtype), batch * len(plan.token), heads, plan.tile)
+    lse = torch.empty(shape, dtype=torch.float32, device=qkv.device)
+    c, _, separated = scales(width, qkv.dtype)
     groups, per_program = _groups(batch * len(plan.token), heads)
     launch(
         _forward,
         (groups * heads,),
-        qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype)), out, lse, c, separated,
+        qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype), out, lse, c, separated,
         *strides(qkv), *_sizes(qkv, plan), per_program,
-        **_shape(qkv, plan),
+        **_shape(qkv, table, plan),
         **registers(qkv),
         num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {80: 2, 90: 2}),
@@ -177,20 +197,20 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, plan: Plan, table_too: bool
+    grad: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, plan: Plan, table_too: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (contiguous) and of the table (zero if not `table_too`)."""
     batch, *_, heads, width = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    c, scale, separated = scales(width)
+    c, scale, separated = scales(width, qkv.dtype)
     groups, per_program = _groups(batch * len(plan.token), heads)
     partial = torch.empty(groups, heads, 1, 1, plan.tile, plan.tile, dtype=torch.float32, device=qkv.device)
     launch(
         _backward,
         (groups * heads,),
-        qkv, plan.token, plan.kind, bias_tiles(table, plan, width, is_wide(qkv.dtype), transposed=True), out, grad, lse,
+        qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype, transposed=True), grad, lse,
         dqkv, partial, c, scale, separated, *strides(qkv), *_sizes(qkv, plan), per_program,
-        **_shape(qkv, plan),
+        **_shape(qkv, table, plan),
         num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {90: 2}),
         inner=Inner(plan.tile**2, 10 * width, plan.tile**2 / plan.tokens_per_window**2),
@@ -223,10 +243,11 @@ def _sizes(qkv: Tensor, plan: Plan) -> tuple[int, int, int, int]:
     return tokens, len(plan.token), qkv.shape[5], qkv.shape[0] * len(plan.token)
 
 
-def _shape(qkv: Tensor, plan: Plan) -> dict[str, int | bool]:
+def _shape(qkv: Tensor, table: Tensor, plan: Plan) -> dict[str, int | bool]:
     # with one kind the bias tile stays in registers; sm_80 has none to spare and loads it for each window
     resident = plan.kinds == 1 and capability(qkv.device) >= 90
     return {
         "N": plan.tokens_per_window, "D": qkv.shape[6], "DP": padded_width(qkv.shape[6]), "TILE": plan.tile,
-        "WIDE": is_wide(qkv.dtype), "ONE_KIND": resident, "MASKED": plan.masked, "MASKED_KIND": geometry.MASKED_KIND,
+        "WIDE": is_wide(qkv.dtype, table.dtype), "ONE_KIND": resident, "MASKED": plan.masked,
+        "MASKED_KIND": geometry.MASKED_KIND,
     }  # fmt: skip

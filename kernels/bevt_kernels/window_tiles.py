@@ -23,12 +23,18 @@ from torch import Tensor
 from . import window_bias_gradient
 from . import window_geometry as geometry
 from ._window_parts import (
+    _attended,
     _fragment,
     _load,
+    _load_share,
     _load_t,
+    _power,
+    _scores,
     _store,
+    _store_lse,
     _visible,
     is_wide,
+    lse_planes,
     padded_width,
     registers,
     scales,
@@ -64,15 +70,18 @@ def _attend(
     kt = _load_t(k_ptr, rows, D, DP)
     v = _load(v_ptr, rows, D, DP)
     bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
-    x = tl.dot(q, kt, bias, input_precision="ieee")
+    x = _scores(q, kt, bias, c)
     return _weigh(x, v, m, total, acc, c)
 
 
 @triton.jit
 def _weigh(x, v, m, total, acc, c):
-    m_new = tl.maximum(m, tl.max(x, 1) * c)
-    alpha = tl.exp2(m - m_new)
-    p = tl.exp2(x * c - m_new[:, None])
+    largest = tl.max(x, 1)
+    if v.dtype != tl.float32:
+        largest *= c
+    m_new = tl.maximum(m, largest)
+    alpha = tl.exp2((m - m_new) * 1.4426950408889634) if v.dtype == tl.float32 else tl.exp2(m - m_new)
+    p = _power(x, m_new[:, None], c, v.dtype == tl.float32)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_new, total * alpha + tl.sum(p, 1), acc
 
@@ -85,7 +94,8 @@ def _forward(
     span_ptr,  # (kinds, RS/TILE, 2) int32
     bias_ptr,  # (kinds, nH, RS/TILE, TILE*RS)
     out_ptr,  # (B, S, nH, D)
-    lse_ptr,  # (B*nW, nH, RS) float32, base 2; +inf where a slot is padding
+    rest_ptr,  # (B, S, nH, D): what rounding took from the output; 16 bits only
+    lse_ptr,  # (planes, B*nW, nH, RS) float32, base 2; +inf where a slot is padding
     seen_ptr,  # (B*nW, nH, RS/TILE) int32: a key of another region counts
     c,
     separated,
@@ -147,37 +157,74 @@ def _forward(
         if MASKED:
             seen = 0
             # the maxima only grow, so what was negligible stays so; a padding slot sees nobody
-            limit = tl.where(offs < N, (m + NEGLIGIBLE) / c, float("inf"))
+            if q.dtype == tl.float32:
+                limit = m + NEGLIGIBLE * 0.6931471805599453
+            else:
+                limit = (m + NEGLIGIBLE) / c
+            limit = tl.where(offs < N, limit, float("inf"))
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
                 rows = tl.load(token_ptr + j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
                 bias = _fragment(bias_ptr + j * (TILE * BLOCK), masked, separated, TILE, BLOCK, WIDE, MASKED)
-                x = tl.dot(q, _load_t(k_ptr, rows, D, DP), bias, input_precision="ieee")
+                x = _scores(q, _load_t(k_ptr, rows, D, DP), bias, c)
                 if tl.max(tl.where(x > limit[:, None], 1, 0)) > 0:
                     seen = 1
                     m, total, acc = _weigh(x, _load(v_ptr, rows, D, DP), m, total, acc, c)
             tl.store(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip, seen)
 
         exists = offs < N
-        _store(out_ptr + b * S * nH * D + head * D, token * (nH * D), acc / total[:, None], exists, D, DP)
-        lse = tl.where(exists, m + tl.log2(total), float("inf"))
-        tl.store(lse_ptr + (window * nH + head).to(tl.int64) * RS + offs, lse)
+        here = b * S * nH * D + head * D
+        out = acc / total[:, None]
+        _store(out_ptr + here, token * (nH * D), out, exists, D, DP)
+        if q.dtype != tl.float32:
+            out -= out.to(q.dtype).to(tl.float32)
+            _store(rest_ptr + here, token * (nH * D), out, exists, D, DP)
+        lse_ptr += (window * nH + head).to(tl.int64) * RS
+        _store_lse(lse_ptr, offs, total_windows * nH, m, total, exists, RS, q.dtype == tl.float32)
+
+
+@triton.jit
+def _p_and_dp(
+    k, v_ptr, rows, bias_ptr, begin, masked, separated, q, do, lse, share, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> Any:  # fmt: skip
+    v = _load(v_ptr, rows, D, DP)
+    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
+    x = _scores(q, tl.trans(k), bias, c)
+    p = _power(x, lse[:, None], c, q.dtype == tl.float32)
+    if q.dtype == tl.float32:
+        p *= share[:, None]
+    return p, tl.dot(do, tl.trans(v), input_precision="ieee")
+
+
+@triton.jit
+def _delta_step(
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, share, c,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK keys add to the rows' sums of p * dP."""
+    rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
+    k = _load(k_ptr, rows, D, DP)
+    p, dp = _p_and_dp(  # pyright: ignore[reportGeneralTypeIssues]
+        k, v_ptr, rows, bias_ptr, begin, masked, separated, q, do, lse, share, c, D, DP, TILE, BLOCK, WIDE, MASKED
+    )
+    return tl.sum(p * dp, 1)
 
 
 @triton.jit
 def _query_step(
-    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, delta, dq, c,
+    k_ptr, v_ptr, token_ptr, bias_ptr, begin, masked, separated, stride_s, q, do, lse, share, delta, dq, c,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK keys from slot `begin` on."""
     rows = tl.load(token_ptr + begin + tl.arange(0, BLOCK)).to(tl.int64) * stride_s
     k = _load(k_ptr, rows, D, DP)
-    v = _load(v_ptr, rows, D, DP)
-    bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
-    x = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
-    p = tl.exp2(x * c - lse[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    p, dp = _p_and_dp(  # pyright: ignore[reportGeneralTypeIssues]
+        k, v_ptr, rows, bias_ptr, begin, masked, separated, q, do, lse, share, c, D, DP, TILE, BLOCK, WIDE, MASKED
+    )
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -190,6 +237,7 @@ def _backward_queries(
     span_ptr,
     bias_ptr,
     out_ptr,
+    rest_ptr,
     grad_ptr,  # (B, S, nH, D): dO
     lse_ptr,
     seen_ptr,
@@ -218,6 +266,8 @@ def _backward_queries(
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
+    COARSE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     STRIPS: tl.constexpr = RS // TILE
     window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)  # pyright: ignore[reportGeneralTypeIssues]
@@ -237,11 +287,28 @@ def _backward_queries(
         here = b * S * nH * D + head * D
         q = _load(qkv_ptr, token * stride_s, D, DP)
         do = _load(grad_ptr + here, token * (nH * D), D, DP)
-        o = _load(out_ptr + here, token * (nH * D), D, DP)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         row = (window * nH + head).to(tl.int64) * RS
-        tl.store(delta_ptr + row + offs, delta)
         lse = tl.load(lse_ptr + row + offs)
+        share = _load_share(lse_ptr + row, offs, total_windows * nH, lse, RS, q.dtype == tl.float32)
+        if q.dtype == tl.float32:
+            # dO * O is the same sum of p * dP, but over terms of either sign: their roundings would show in float32
+            delta = tl.zeros((TILE,), tl.float32)
+            for j in range(0, FULL):
+                delta += _delta_step(
+                    k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, share, c,
+                    D, DP, TILE, BLOCK, WIDE, MASKED,
+                )  # fmt: skip
+            if TAIL > 0:
+                delta += _delta_step(
+                    k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, share, c,
+                    D, DP, TILE, TAIL, WIDE, MASKED,
+                )  # fmt: skip
+        else:
+            # with the output as it was before its rounding, which alone would put delta off by more than all of torch
+            o = _load(out_ptr + here, token * (nH * D), D, DP).to(tl.float32)
+            o += _load(rest_ptr + here, token * (nH * D), D, DP).to(tl.float32)
+            delta = tl.sum(o * do.to(tl.float32), 1)
+        tl.store(delta_ptr + row + offs, delta)
         dq = tl.zeros((TILE, DP), tl.float32)
 
         lo, hi = 0, FULL
@@ -249,21 +316,24 @@ def _backward_queries(
             lo, hi = _visible(span_ptr, kind, strip, STRIPS, BLOCK, FULL)
         for j in range(lo, hi):
             dq = _query_step(
-                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
-                D, DP, TILE, BLOCK, WIDE, MASKED,
+                k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, share, delta,
+                dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
             )  # fmt: skip
         if TAIL > 0:
             dq = _query_step(
-                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, delta, dq, c,
-                D, DP, TILE, TAIL, WIDE, MASKED,
+                k_ptr, v_ptr, token_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s, q, do, lse, share,
+                delta, dq, c, D, DP, TILE, TAIL, WIDE, MASKED,
             )  # fmt: skip
         if MASKED:
-            if tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0:
-                for i in tl.range(0, FULL - (hi - lo), num_stages=1):
-                    j = tl.where(i < lo, i, i + hi - lo)
+            seen = tl.load(seen_ptr + (window * nH + head).to(tl.int64) * STRIPS + strip) != 0
+            first = tl.load(span_ptr + (kind * STRIPS + strip) * 2)
+            end = tl.load(span_ptr + (kind * STRIPS + strip) * 2 + 1)
+            for i in tl.range(0, FULL - (hi - lo), num_stages=1):
+                j = tl.where(i < lo, i, i + hi - lo)
+                if seen | _attended(first, end, j * BLOCK, j * BLOCK + BLOCK, COARSE, REST):
                     dq = _query_step(
-                        k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, delta,
-                        dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
+                        k_ptr, v_ptr, token_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, q, do, lse, share,
+                        delta, dq, c, D, DP, TILE, BLOCK, WIDE, MASKED,
                     )  # fmt: skip
 
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
@@ -272,7 +342,8 @@ def _backward_queries(
 
 @triton.jit
 def _key_step(
-    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, begin, masked, separated, stride_s, nH, c, k, v, dk, dv,
+    qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, begin, masked, separated, stride_s, nH, heads, c, k, v,
+    dk, dv, RS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -284,8 +355,10 @@ def _key_step(
     lse = tl.load(lse_ptr + offs)
     delta = tl.load(delta_ptr + offs)
     bias = _fragment(bias_ptr + begin * TILE, masked, separated, TILE, BLOCK, WIDE, MASKED)
-    x = tl.dot(k, tl.trans(q), bias, input_precision="ieee")
-    p = tl.exp2(x * c - lse[None, :])
+    x = _scores(k, tl.trans(q), bias, c)
+    p = _power(x, lse[None, :], c, q.dtype == tl.float32)
+    if q.dtype == tl.float32:
+        p *= _load_share(lse_ptr, offs, heads, lse, RS, True)[None, :]
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -327,6 +400,8 @@ def _backward_keys(
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
     MASKED_KIND: tl.constexpr,
+    COARSE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     STRIPS: tl.constexpr = RS // TILE
     window, strip, head = _place(tl.program_id(0), group, STRIPS, nH)  # pyright: ignore[reportGeneralTypeIssues]
@@ -355,21 +430,25 @@ def _backward_keys(
         for j in range(lo, hi):
             dk, dv = _key_step(
                 qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, j * BLOCK, masked, separated, stride_s, nH,
-                c, k, v, dk, dv, D, DP, TILE, BLOCK, WIDE, MASKED,
+                total_windows * nH, c, k, v, dk, dv, RS, D, DP, TILE, BLOCK, WIDE, MASKED,
             )  # fmt: skip
         if TAIL > 0:
             dk, dv = _key_step(
                 qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, FULL * BLOCK, masked, separated, stride_s,
-                nH, c, k, v, dk, dv, D, DP, TILE, TAIL, WIDE, MASKED,
+                nH, total_windows * nH, c, k, v, dk, dv, RS, D, DP, TILE, TAIL, WIDE, MASKED,
             )  # fmt: skip
         if MASKED:
             seen_ptr += (window * nH + head).to(tl.int64) * STRIPS
             for i in tl.range(0, FULL - (hi - lo), num_stages=1):
                 j = tl.where(i < lo, i, i + hi - lo)
-                if tl.load(seen_ptr + j * BLOCK // TILE) != 0:
+                queries = j * BLOCK // TILE
+                first = tl.load(span_ptr + (kind * STRIPS + queries) * 2)
+                end = tl.load(span_ptr + (kind * STRIPS + queries) * 2 + 1)
+                attended = _attended(first, end, strip * TILE, strip * TILE + TILE, COARSE, REST)
+                if (tl.load(seen_ptr + queries) != 0) | attended:
                     dk, dv = _key_step(
                         qkv_ptr, token_ptr, grad_ptr, lse_ptr, delta_ptr, bias_ptr, j * BLOCK, masked, separated,
-                        stride_s, nH, c, k, v, dk, dv, D, DP, TILE, BLOCK, WIDE, MASKED,
+                        stride_s, nH, total_windows * nH, c, k, v, dk, dv, RS, D, DP, TILE, BLOCK, WIDE, MASKED,
                     )  # fmt: skip
 
         out = dqkv_ptr + b * S * 3 * nH * D + head * D
@@ -377,18 +456,16 @@ def _backward_keys(
         _store(out + 2 * nH * D, token * (3 * nH * D), dv, offs < N, D, DP)
 
 
-def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, t, h, w, nH, d), the log-sum-exps (B*nW, nH, RS) and `seen` (B*nW, nH, RS/tile)."""
+def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output (B, t, h, w, nH, d), the log-sum-exps (planes, B*nW, nH, RS) and `seen` (B*nW, nH, RS/tile)."""
     batch, *grid, _, heads, width = qkv.shape
     windows = batch * len(plan.token)
     out = torch.empty(batch, *grid, heads, width, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
+    rest = torch.empty_like(out) if qkv.dtype != torch.float32 else out.new_empty(0)
+    lse = torch.empty(lse_planes(qkv.dtype), windows, heads, plan.slots, dtype=torch.float32, device=qkv.device)
     seen = torch.empty(windows, heads, plan.slots // plan.tile, dtype=torch.int32, device=qkv.device)
-    wide = is_wide(qkv.dtype)
-    block = plan.tile if width > 32 or (capability(qkv.device) < 90 and wide) else 2 * plan.tile
-    if plan.masked and capability(qkv.device) >= 100:
-        block //= 2  # the code that skips regions takes the registers
-    blocks = _blocks(plan, block)
+    wide = is_wide(qkv.dtype, table.dtype)
+    blocks = _forward_blocks(qkv, wide, plan)
     launch(
         _forward,
         _grid(plan, windows, heads),
@@ -396,12 +473,13 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         plan.token,
         plan.kind,
         plan.span,
-        bias_tiles(table, plan, width, wide),
+        bias_tiles(table, plan, width, qkv.dtype),
         out,
+        rest,
         lse,
         seen,
-        scales(width)[0],
-        scales(width)[2],
+        scales(width, qkv.dtype)[0],
+        scales(width, qkv.dtype)[2],
         *strides(qkv),
         prod(grid),
         len(plan.token),
@@ -415,20 +493,30 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Ten
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=_inner(plan, width, blocks, 4 * width),
     )
-    return out, lse, seen
+    return out, lse, seen, rest
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, seen: Tensor, plan: Plan, table_too: bool
+    grad: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor,
+    rest: Tensor,
+    plan: Plan,
+    table_too: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv (contiguous) and of the table (zero if not `table_too`)."""
     batch, *grid, _, heads, width = qkv.shape
     windows = batch * len(plan.token)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty_like(lse)
-    wide = is_wide(qkv.dtype)
-    tiles = bias_tiles(table, plan, width, wide)
-    c, scale, separated = scales(width)
+    delta = torch.empty_like(lse[0])
+    wide = is_wide(qkv.dtype, table.dtype)
+    tiles = bias_tiles(table, plan, width, qkv.dtype)
+    coarse, full, _ = _forward_blocks(qkv, wide, plan)
+    forward_walk = {"COARSE": coarse, "REST": coarse * full}
+    c, scale, separated = scales(width, qkv.dtype)
     place = (prod(grid), len(plan.token), heads)
     geometry_ = (plan.token, plan.kind, plan.span)
     order = (windows, min(GROUP, max(windows, 1)))
@@ -438,8 +526,10 @@ def backward(
     launch(
         _backward_queries,
         _grid(plan, windows, heads),
-        qkv, *geometry_, tiles, out, grad, lse, seen, delta, dqkv, c, scale, separated, *strides(qkv), *place, *order,
+        qkv, *geometry_, tiles, out, rest, grad, lse, seen, delta, dqkv,
+        c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
+        **forward_walk,
         **registers(qkv),
         num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
@@ -452,16 +542,25 @@ def backward(
     launch(
         _backward_keys,
         _grid(plan, windows, heads),
-        qkv, *geometry_, bias_tiles(table, plan, width, wide, transposed=True), grad, lse, seen, delta, dqkv,
+        qkv, *geometry_, bias_tiles(table, plan, width, qkv.dtype, transposed=True), grad, lse, seen, delta, dqkv,
         c, scale, separated, *strides(qkv), *place, *order,
         **_shape(plan, width, wide, blocks),
+        **forward_walk,
         num_warps=warps(qkv),
         num_stages=stages(qkv, {90: 2}),
         inner=_inner(plan, width, blocks, 8 * width),
     )  # fmt: skip
     if not table_too:
         return dqkv, torch.zeros_like(table)
-    return dqkv, window_bias_gradient.gradient(grad, qkv, table, lse, seen, delta, tiles, plan)
+    return dqkv, window_bias_gradient.gradient(grad, qkv, table, lse, seen, delta, tiles, plan, forward_walk)
+
+
+def _forward_blocks(qkv: Tensor, wide: bool, plan: Plan) -> tuple[int, int, int]:
+    """The blocks of the forward, which the backward must know to meet the same pairs."""
+    chip = capability(qkv.device)
+    block = plan.tile if qkv.shape[6] > 32 or (chip < 90 and wide) else 2 * plan.tile
+    # on sm_100 the code that skips regions takes the registers
+    return _blocks(plan, block // 2 if plan.masked and chip >= 100 else block)
 
 
 def _blocks(plan: Plan, block: int) -> tuple[int, int, int]:

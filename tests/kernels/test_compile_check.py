@@ -261,6 +261,14 @@ def test_the_hot_loop_is_the_innermost_with_products():
     assert names == ["HMMA", "FFMA", "BRA", "BRA", "BRA", "SYNCS", "BRA", "BRA"]
 
 
+def test_of_two_loops_with_equal_products_the_first_is_hot():
+    """What a kernel may skip comes after what it always does, and may be the shorter one."""
+    code, labels = lines(
+        "always:\nHMMA.16816.F32\nFADD\n@P0 BRA -> always\nsome:\nHMMA.16816.F32\n@P0 BRA -> some\nEXIT"
+    )
+    assert machine_code.hot_loop(code, labels) == [0, 1, 2]
+
+
 def test_without_a_loop_everything_is_hot():
     code, labels = lines("MOV\nFADD\nEXIT")
     assert machine_code.hot_loop(code, labels) == [0, 1, 2]

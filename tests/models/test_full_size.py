@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.training.command import environment
+
 STEP = """
 import resource, sys, torch
 sys.path[:0] = [".", "kernels"]
@@ -28,9 +30,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, losses.image.i
 
 
 def test_one_joint_step_of_swin_b(pytestconfig):
-    done = subprocess.run(
-        [sys.executable, "-c", STEP], capture_output=True, text=True, cwd=pytestconfig.rootpath, timeout=280
-    )
+    command, place = [sys.executable, "-c", STEP], environment()
+    done = subprocess.run(command, env=place, cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     gibibytes, image, clip = map(float, done.stdout.split())
     assert gibibytes < 24

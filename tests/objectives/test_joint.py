@@ -211,7 +211,19 @@ def test_the_hidden_rows_are_counted_once_and_first():
         objective(batch, targets, hidden=(3, 5))
     assert calls.names.count("nonzero") == 2
     assert max(place for place, name in enumerate(calls.names) if name == "nonzero") < calls.names.index("convolution")
-    assert "_local_scalar_dense" not in calls.names[calls.names.index("convolution") :]
+
+
+def test_with_masks_on_the_cpu_the_device_is_asked_nothing():
+    # a meta tensor has no value, so whatever would wait for one fails
+    batch, targets = _batch()
+    objective = _objective().to("meta")
+    assert batch.images is not None and batch.clips is not None
+    images, clips = (stream._replace(pixels=stream.pixels.to("meta")) for stream in (batch.images, batch.clips))
+    ids = Targets(*(ids.to("meta") for ids in targets if ids is not None))
+    losses = objective(JointBatch(images, clips), ids, hidden=(3.0, 5.0))  # pyright: ignore[reportArgumentType]
+    losses.total.backward()
+    assert losses.total.is_meta
+    assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
 def test_targets_of_another_grid_are_named():

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from bevt_fast.config import Part
 from bevt_fast.errors import DataError
 from bevt_fast.tokenizers import build, dalle
+from tests.training.command import environment
 
 ROOT = Path(__file__).parents[2]
 WIDTH, IDS = 64, 512  # the least that OpenAI's class allows
@@ -59,7 +60,7 @@ def test_the_pickled_module_needs_no_dall_e(files):
         "    pickled = dalle.load(f'{folder}/{name}').state_dict()\n"
         "    assert all(torch.equal(plain[key], pickled[key]) for key in plain)\n"
     )
-    subprocess.run([sys.executable, "-c", program, str(files)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program, str(files)], cwd=ROOT, env=environment(), check=True)
 
 
 def test_logits_and_ids_equal_the_official_ones(files, official):

@@ -21,6 +21,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "bevt_fast" / "train.py"
 STARTED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OURS = (*STARTED_BY, "TRITON_INTERPRET")  # what the test process has set and a user has not
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment in which a user starts a program, on one thread."""
+    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bevt_fast.config import Config, parse
 from bevt_fast.data import sources
 from bevt_fast.training import tokenizer_fit
 from bevt_fast.training.run import Run
-from tests.training.command import ROOT, STARTED_BY, TRAIN, alone, changed, train_here, written
+from tests.training.command import ROOT, TRAIN, alone, changed, environment, train_here, written
 
 SHAPES = {"clips": 24, "images": 48, "test_clips": 12, "test_images": 24, "size": 64, "length": 8, "objects": 2}
 
@@ -102,11 +102,10 @@ def background():
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str | Path, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name not in STARTED_BY}
         process = subprocess.Popen(
             [*launcher, str(TRAIN), *map(str, arguments)],
             cwd=ROOT,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

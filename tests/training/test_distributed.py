@@ -26,17 +26,13 @@ from tests.training.command import (
     TRAIN,
     alone,
     changed,
+    environment,
     leave_group,
     losses,
     rows,
     train_here,
     written,
 )
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in STARTED_BY}
-    return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
 def together(processes: int, configs: list[Path]) -> None:

@@ -15,7 +15,7 @@ from bevt_fast.models.bevt import Bevt
 from bevt_fast.models.video_swin import VideoSwinConfig
 from bevt_fast.objectives.joint import JointObjective
 from bevt_fast.training.engine import ClippedAdamW, parameter_groups
-from tests.training.command import ROOT, STARTED_BY
+from tests.training.command import ROOT, environment
 
 CHECKS = (
     "moments are there",
@@ -78,11 +78,10 @@ def test_clipping_is_by_the_norm_of_all_gradients_together() -> None:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bool]]:
     """What two processes found; engine_checks.py says how."""
     out = tmp_path_factory.mktemp("engine") / "report.json"
-    environment = {name: value for name, value in os.environ.items() if name not in STARTED_BY}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    place = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).with_name("engine_checks.py")
-    done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, timeout=240)
+    done = subprocess.run([*command, str(script), str(out)], env=place, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     return json.loads(out.read_text())
 
