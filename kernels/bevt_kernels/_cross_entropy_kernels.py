@@ -118,7 +118,7 @@ def merge(
     targets_ptr,  # (P,) int64
     rows_ptr,  # (P,) int32
     count_ptr,  # (1,) int32
-    lse_ptr,  # (SLICE,) float32: log of the sum of exps of the rounded logits
+    norm_ptr,  # (2, SLICE) float32: a row's maximum, and one over the sum of exps of what its rounded logits lack to it
     loss_ptr,  # (P / ROWS,) float64: sums over ROWS rows
     right_ptr,  # (P / ROWS,) int32
     start,
@@ -160,13 +160,15 @@ def merge(
         first = tl.where(highest > peak, lowest, tl.minimum(first, lowest))
         peak = highest
     if KEEP:
-        tl.store(lse_ptr + offs_m, peak + tl.log(rounded))
+        tl.store(norm_ptr + offs_m, peak)
+        tl.store(norm_ptr + SLICE + offs_m, 1.0 / rounded)
     row = row_of(start + offs_m, rows_ptr, count, GATHER)
     target = tl.load(targets_ptr + row)
     inside = (target >= 0) & (target < V)
     hit = tl.load(hit_ptr + offs_m, mask=inside, other=float("nan"))
     counted = start + offs_m < count
-    losses = tl.where(counted, peak + tl.log(total) - hit, 0.0)
+    # the two scores first: beside a large one, the logarithm of a sure answer would be rounded away
+    losses = tl.where(counted, peak - hit + tl.log(total), 0.0)
     right = counted & (first == target)
     tl.store(loss_ptr + begin // ROWS, tl.sum(losses.to(tl.float64), 0))
     tl.store(right_ptr + begin // ROWS, tl.sum(right.to(tl.int32), 0))
@@ -175,7 +177,7 @@ def merge(
 @triton.jit
 def turn(
     logits_ptr,  # (SLICE, VP), becomes softmax minus one-hot
-    lse_ptr,  # (SLICE,) float32
+    norm_ptr,  # (2, SLICE) float32
     targets_ptr,  # (P,) int64
     rows_ptr,  # (P,) int32
     count_ptr,  # (1,) int32
@@ -183,6 +185,7 @@ def turn(
     start,
     P,
     VP: tl.constexpr,
+    SLICE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STRIP: tl.constexpr,
@@ -202,10 +205,11 @@ def turn(
         offs_m = tl.program_id(1) * STRIP + r + tl.arange(0, BLOCK_M)
         counted = start + offs_m < count
         target = tl.load(targets_ptr + row_of(start + offs_m, rows_ptr, count, GATHER))
-        lse = tl.load(lse_ptr + offs_m, mask=counted, other=0.0)
+        peak = tl.load(norm_ptr + offs_m, mask=counted, other=0.0)
+        share = tl.load(norm_ptr + SLICE + offs_m, mask=counted, other=0.0)
         at = logits_ptr + offs_m.to(tl.int64)[:, None] * VP + offs_n[None, :]
         logits = tl.load(at, mask=counted[:, None], other=float("-inf")).to(tl.float32)
-        softmax = tl.exp(logits - lse[:, None])
+        softmax = tl.exp(logits - peak[:, None]) * share[:, None]
         one_hot = (offs_n[None, :] == target[:, None]) & counted[:, None]
         gradient = (softmax - one_hot.to(tl.float32)).to(logits_ptr.dtype.element_ty)
         tl.store(at, gradient)

@@ -172,26 +172,27 @@ def _score_and_turn(
         HAS_BIAS=work.bias is not None,
         PARTS=cut,
     )
-    lse = work.new(SLICE if keep else 0)
+    norm = work.new(2, SLICE if keep else 0)
     launch(
         kernels.merge,
         (cdiv(slots, ROWS),),
-        *(sums, first, hit, targets, rows, count, lse, losses, right, start, positions),
+        *(sums, first, hit, targets, rows, count, norm, losses, right, start, positions),
         num_warps=4,
         **constants,
         **sizes,
         PARTS=parts,
         ROWS=ROWS,
-        BLOCK_P=min(64, power_of_2(parts)),
+        BLOCK_P=min(32, power_of_2(parts)),
     )
     if keep:
         launch(
             kernels.turn,
             (work.padded // 64, cdiv(slots, STRIP)),
-            *(logits, lse, targets, rows, count, columns, start, positions),
+            *(logits, norm, targets, rows, count, columns, start, positions),
             num_warps=8,
             **constants,
             VP=work.padded,
+            SLICE=SLICE,
             HAS_BIAS=want_b,
             STRIP=STRIP,
             PAD=PAD,

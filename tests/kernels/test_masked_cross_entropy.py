@@ -137,6 +137,23 @@ def test_a_sure_answer_keeps_the_sign_of_its_gradient():
 
 
 @interpreted
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_large_scores_and_sure_answers_are_as_exact_in_float32(scale):
+    # small whole numbers: every score is exact, and what is left is the softmax
+    features, head = torch.randint(-3, 4, (40, 16)).float(), nn.Linear(16, 30)
+    with torch.no_grad():
+        head.weight.copy_(torch.randint(-2, 3, (30, 16)) * scale)
+        head.bias.zero_()
+    best, second = head(features).topk(2).values.T
+    targets = head(features).argmax(-1)
+    sure = [slice(row, row + 1) for row in (best - second).topk(4).indices.tolist()]
+    targets[::4] = torch.randint(30, (10,))
+    for rows in (slice(None), *sure):
+        arguments = features[rows].clone().requires_grad_(), head, targets[rows], None
+        _assert_exact(_answers("fused", *arguments), arguments)
+
+
+@interpreted
 def test_any_strides_and_frozen_parts():
     features = torch.randn(2, 16, 3, 4).permute(0, 2, 3, 1).requires_grad_()
     head, targets, mask = nn.Linear(16, 20), torch.randint(20, (2, 3, 4)), torch.rand(2, 3, 4) < 0.5
