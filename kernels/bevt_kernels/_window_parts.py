@@ -3,7 +3,7 @@
 Registers, stages and warps come from compile_check's counts (README.md, "what was tried"), not from a clock.
 """
 
-from math import e, log2
+from math import e, log, log2
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from . import window_geometry as geometry
 from .runtime import capability, power_of_2, tl, triton
+
+LOG2_E = tl.constexpr(log2(e))
+LN_2 = tl.constexpr(log(2))
 
 
 @triton.jit
@@ -58,20 +61,25 @@ def _store(ptr, rows, value, exists, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _visible(span_ptr, kind, strip, strips, BLOCK: tl.constexpr, FULL: tl.constexpr) -> Any:
-    """First and end of the whole blocks that a strip can see; what remains after FULL blocks is always walked."""
-    first = tl.load(span_ptr + (kind * strips + strip) * 2)
-    end = tl.load(span_ptr + (kind * strips + strip) * 2 + 1)
-    end = tl.minimum((end + BLOCK - 1) // BLOCK, FULL)
-    return tl.minimum(first // BLOCK, end), end
+def _kind(kind_ptr, window, MASKED_KIND: tl.constexpr) -> Any:
+    """A window's kind, and whether it has several regions."""
+    kind = tl.load(kind_ptr + window)
+    return kind % MASKED_KIND, kind >= MASKED_KIND
 
 
 @triton.jit
-def _attended(first, end, begin, stop, COARSE: tl.constexpr, REST: tl.constexpr):
-    """Whether a strip with the span (first, end) met the keys begin ... stop in the forward without asking whether they
-    count: it walks blocks of COARSE slots, and all slots from REST on."""
-    lo = first // COARSE * COARSE
-    hi = (end + COARSE - 1) // COARSE * COARSE
+def _visible(span_ptr, strip, BLOCK: tl.constexpr, FULL: tl.constexpr) -> Any:
+    """First and end of the whole blocks that a strip can see; what remains after FULL blocks is always walked."""
+    end = tl.minimum((tl.load(span_ptr + strip * 2 + 1) + BLOCK - 1) // BLOCK, FULL)
+    return tl.minimum(tl.load(span_ptr + strip * 2) // BLOCK, end), end
+
+
+@triton.jit
+def _attended(span_ptr, strip, begin, stop, COARSE: tl.constexpr, REST: tl.constexpr):
+    """Whether a strip met the keys begin ... stop in the forward without asking whether they count: it walks blocks of
+    COARSE slots, and all slots from REST on."""
+    lo = tl.load(span_ptr + strip * 2) // COARSE * COARSE
+    hi = (tl.load(span_ptr + strip * 2 + 1) + COARSE - 1) // COARSE * COARSE
     return ((stop > lo) & (begin < hi)) | (stop > REST)
 
 
@@ -93,7 +101,7 @@ def _power(x, m, c, EXACT: tl.constexpr):
     """2**(x c - m) of 16-bit scores, a multiply-add and an exponential. EXACT takes the difference of logits first, so
     that nothing as large as a logit is rounded once more."""
     if EXACT:
-        return tl.exp2((x - m) * 1.4426950408889634)
+        return tl.exp2((x - m) * LOG2_E)
     else:
         return tl.exp2(x * c - m)
 
@@ -132,7 +140,7 @@ def lse_planes(dtype: torch.dtype) -> int:
 
 
 def stages(qkv: Tensor, by_capability: dict[int, int]) -> int:
-    """Pipeline stages by capability; 1 where the table says nothing.
+    """Pipeline stages by capability; 1 where nothing is said, and in float32.
 
     From compile_check's counts (README.md, "what was tried"): with more, sm_100 takes the bias through shared memory,
     and sm_80 reads a tile that is used both plain and transposed element by element.
@@ -148,11 +156,12 @@ def warps(qkv: Tensor) -> int:
     return 8 if qkv.dtype == torch.float32 else 4
 
 
-def registers(qkv: Tensor) -> dict[str, int]:
+def registers(qkv: Tensor, by_capability: dict[int, int]) -> dict[str, int]:
     """A ceiling of registers where ptxas, left alone, aims at one more program a multiprocessor and spills a little."""
     if qkv.dtype == torch.float32:
         return {"maxnreg": 255}
-    return {"maxnreg": 168} if capability(qkv.device) >= 100 else {}
+    ceiling = by_capability.get(capability(qkv.device))
+    return {"maxnreg": ceiling} if ceiling else {}
 
 
 def is_wide(dtype: torch.dtype, table: torch.dtype) -> bool:

@@ -175,8 +175,8 @@ def _failures(job: Job, finding: Finding, products: list[str]) -> Iterator[str]:
         yield f"spills {finding.spill} bytes"
     if finding.stack:
         yield f"has a stack of {finding.stack} bytes"
-    if finding.shared > chip.shared:
-        yield f"asks for {finding.shared / 1024:.1f} KiB of shared memory where the chip has {chip.shared // 1024}"
+    if finding.shared > chip.smallest:
+        yield f"asks for {finding.shared / 1024:.1f} KiB of shared memory where the chip has {chip.smallest // 1024}"
     if finding.tmem > chip.tmem:
         yield f"asks for {finding.tmem} columns of tensor memory where the chip has {chip.tmem}"
     if products and not finding.tensor and {"bf16", "fp16"} & set(job.dtypes):
@@ -285,7 +285,7 @@ def row(job: Job, finding: Finding) -> dict[str, Any]:
         "spill_bytes": finding.spill,
         "stack_bytes": finding.stack,
         "shared_bytes": finding.shared,
-        "shared_limit_bytes": chip.shared,
+        "shared_limit_bytes": chip.smallest,
         "tmem_columns": finding.tmem,
         "ctas_per_sm": finding.ctas,
         "tensor_instructions": " ".join(f"{name}:{number}" for name, number in finding.tensor.items()),
@@ -315,7 +315,7 @@ def show(job: Job, finding: Finding, width: int) -> None:
         return
     print(
         f"{job.name:<{width}} {','.join(job.dtypes):<14} sm_{job.chip:<4}{finding.registers:>4}{finding.spill:>6}"
-        f"{finding.stack:>6}{finding.shared / 1024:>7.1f}/{CHIPS[job.chip].shared // 1024}{finding.tmem:>5}/512"
+        f"{finding.stack:>6}{finding.shared / 1024:>7.1f}/{CHIPS[job.chip].smallest // 1024}{finding.tmem:>5}/512"
         f"{finding.ctas:>5}  {tensor:<12} {verdict}"
     )
     print(f"    cases: {_cases(job)}\n    {job.constants}")

@@ -23,6 +23,7 @@ class Chip(NamedTuple):
     shared: int  # bytes of shared memory that one CTA may ask for
     fma: int  # lanes
     tensor: int  # FLOP
+    smallest: int  # `shared` of the GPU that has least among those that run the same configurations
 
     issue = 128  # lanes: one warp instruction on each of four schedulers
     alu = 64  # lanes
@@ -36,9 +37,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    80: Chip("A100", 108, 1.41, 163 * 1024, 64, 2048),
-    90: Chip("H100", 132, 1.755, 227 * 1024, 128, 4096),
-    100: Chip("B200", 148, 1.85, 227 * 1024, 128, 8192),
+    80: Chip("A100", 108, 1.41, 163 * 1024, 64, 2048, 99 * 1024),
+    90: Chip("H100", 132, 1.755, 227 * 1024, 128, 4096, 227 * 1024),
+    100: Chip("B200", 148, 1.85, 227 * 1024, 128, 8192, 227 * 1024),
 }
 
 TENSOR = ("HGMMA", "HMMA", "UTCHMMA", "IGMMA", "IMMA", "QGMMA", "QMMA", "UTCQMMA", "UTCIMMA")

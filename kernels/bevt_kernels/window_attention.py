@@ -7,7 +7,7 @@ The eager path writes a whole feature map again for each of roll, partition, rev
 cost nothing; scores live in registers; the bias reaches them as their starting value; and the table's gradient is
 summed over windows without atomics, so two runs give equal bits.
 
-The kernels: window_tiles.py and window_bias_gradient.py (any N), window_single.py (a window in one tile),
+The kernels: window_tiles.py, window_tiles_backward.py, window_bias_gradient.py (any N), window_single.py (one tile),
 relative_bias.py (table to tiles, gradient to table), over the tables of window_geometry.py. README.md derives the bias
 gradient and lists what was tried.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime, window_single, window_tiles
+from . import runtime, window_single, window_tiles, window_tiles_backward
 from ._window_parts import is_wide, lse_planes, tile_size, token_stride
 from .window_geometry import BiasIndex, Plan, Triple, bias_rows, plan, roll, shift_mask, used_window, windows
 
@@ -126,7 +126,7 @@ def _backward(
     qkv, grad = _even(qkv), grad.contiguous()
     if single:
         return window_single.backward(grad, qkv, bias_table, lse, layer, table_too)
-    return window_tiles.backward(grad, qkv, bias_table, out, lse, seen, rest, layer, table_too)
+    return window_tiles_backward.backward(grad, qkv, bias_table, out, lse, seen, rest, layer, table_too)
 
 
 def _even(qkv: Tensor) -> Tensor:

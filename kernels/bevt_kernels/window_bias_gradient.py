@@ -1,4 +1,4 @@
-"""The gradient of the bias table, where a window is many tiles (numbers and layouts as in window_tiles.py).
+"""The gradient of the bias table, where a window is many tiles (numbers and layouts as in window_tiles_backward.py).
 
 A program owns one pair of tiles of one head and walks over a group of windows of one kind, in which the pair means the
 same two sets of tokens; the sum of dS stays in registers and is written once. relative_bias.py adds the groups and
@@ -28,7 +28,7 @@ from ._window_parts import (
     warps,
 )
 from .relative_bias import table_gradient
-from .runtime import Inner, launch, tl, triton
+from .runtime import Inner, cdiv, launch, tl, triton
 from .window_geometry import Plan
 
 PROGRAMS = 1600  # what the bias gradient spreads its windows over: a few waves
@@ -117,10 +117,8 @@ def _backward_bias(
     acc = tl.zeros((TILE, TILE), tl.float32)
     middle = end
     if MASKED:
-        span_ptr += (kind * STRIPS + strip) * 2
-        attended = _attended(
-            tl.load(span_ptr), tl.load(span_ptr + 1), columns * TILE, columns * TILE + TILE, COARSE, REST
-        )
+        span_ptr += kind * (STRIPS * 2)
+        attended = _attended(span_ptr, strip, columns * TILE, columns * TILE + TILE, COARSE, REST)
         middle = tl.where(attended, end, begin)
     for item in range(begin, middle):
         acc = _bias_step(
@@ -142,10 +140,10 @@ def _backward_bias(
 
 def gradient(
     grad: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, seen: Tensor, delta: Tensor, tiles: Tensor, plan: Plan,
-    forward_walk: dict[str, int],
+    met: dict[str, int],
 ) -> Tensor:  # fmt: skip
     """Gradient of the table; `tiles` are its bias tiles with queries as rows, `delta` is rowsum(dO * O), and
-    `forward_walk` says how the forward walked: COARSE and REST."""
+    `met` says which pairs the forward met: COARSE and REST (see `_attended`)."""
     batch, heads, width = qkv.shape[0], qkv.shape[5], qkv.shape[6]
     c, _, separated = scales(width, qkv.dtype)
     tokens = qkv.shape[1] * qkv.shape[2] * qkv.shape[3]
@@ -160,7 +158,7 @@ def gradient(
         qkv, plan.token, plan.kind, plan.span, tiles, grad, lse, seen, delta, plan.listed, groups, partial,
         c, separated, *strides(qkv), tokens, len(plan.token), heads, batch * len(plan.token),
         RS=plan.slots, D=width, DP=padded_width(width), TILE=plan.tile, WIDE=is_wide(qkv.dtype, table.dtype),
-        MASKED=plan.masked, MASKED_KIND=geometry.MASKED_KIND, **forward_walk,
+        MASKED=plan.masked, MASKED_KIND=geometry.MASKED_KIND, **met,
         num_warps=warps(qkv),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.slots**2 / plan.tokens_per_window**2),
@@ -172,7 +170,7 @@ def gradient(
 def _groups(first: tuple[int, ...], batch: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The windows of a batch in groups of one kind: (groups, 5) and (kinds + 1,), as `_backward_bias` reads them."""
     items = [(end - begin) * batch for begin, end in pairwise(first)]
-    size = max(1, -(-sum(items) * programs // PROGRAMS))
+    size = max(1, cdiv(sum(items) * programs, PROGRAMS))
     rows, starts = [], [0]
     for kind, count in enumerate(items):
         windows = first[kind + 1] - first[kind]

@@ -40,9 +40,7 @@ class Plan(NamedTuple):
     token: Tensor  # (nW, RS) int32: the slot's token in the sample, rolled and partitioned
     kind: Tensor  # (nW,) int32, | MASKED_KIND
     span: Tensor  # (kinds, RS/tile, 2) int32: first and end slot of what a tile can see
-    bias: (
-        Tensor  # (kinds, RS/tile, tile*RS) int32: table row | FOREIGN, or PADDING; in fragment order, queries are rows
-    )
+    bias: Tensor  # (kinds, RS/tile, tile*RS) int32: table row | FOREIGN, or PADDING; queries are rows, see `_strips`
     bias_t: Tensor  # the same with keys as rows
     row: Tensor  # (used,) int32: the table rows that some pair reads
     entry: Tensor  # pairs sorted by row: places in (kinds, RS/tile, RS/tile, tile, tile), int32
@@ -131,7 +129,7 @@ def plan(
     cpu = torch.device("cpu")
     with torch.inference_mode(False), torch.device(cpu):
         count = prod(used)
-        slots = -(-count // tile) * tile
+        slots = runtime.cdiv(count, tile) * tile
         index = torch.arange(prod(grid)).view(1, *grid, 1)
         token = windows(roll(index, shift, -1), used).reshape(-1, count)  # (nW, N)
         # few windows differ, and comparing all pairs of tokens is only for those few

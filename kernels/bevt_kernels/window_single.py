@@ -7,6 +7,7 @@ windows.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from . import window_geometry as geometry
 from ._window_parts import (
     _fragment,
+    _kind,
     _load,
     _load_share,
     _power,
@@ -29,10 +31,26 @@ from ._window_parts import (
     strides,
 )
 from .relative_bias import bias_tiles, table_gradient
-from .runtime import Inner, capability, launch, tl, triton
+from .runtime import Inner, capability, cdiv, launch, tl, triton
 from .window_geometry import Plan
 
 PROGRAMS = 528  # four on each of an H100's 132 multiprocessors; the backward leaves one tile of float32 per program
+
+
+@triton.jit
+def _bias(
+    bias_ptr, kind_ptr, window, head, nH, separated, TILE: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    MASKED_KIND: tl.constexpr,
+):  # fmt: skip
+    """The bias tile of one head of a window."""
+    kind, masked = _kind(kind_ptr, window, MASKED_KIND)  # pyright: ignore[reportGeneralTypeIssues]
+    tile_ptr = bias_ptr + (kind * nH + head).to(tl.int64) * (TILE * TILE)
+    return _fragment(tile_ptr, masked, separated, TILE, TILE, WIDE, MASKED)
+
+
+@triton.jit
+def _q_k_v(ptr, rows, stride_p, D: tl.constexpr, DP: tl.constexpr) -> Any:
+    return _load(ptr, rows, D, DP), _load(ptr + stride_p, rows, D, DP), _load(ptr + 2 * stride_p, rows, D, DP)
 
 
 @triton.jit(do_not_specialize=["S", "nW", "nH", "total_windows", "per_program"])
@@ -70,19 +88,15 @@ def _forward(
     qkv_ptr += head.to(tl.int64) * stride_h
     bias = tl.zeros((TILE, TILE), tl.float32)
     if ONE_KIND:
-        bias = _fragment(
-            bias_ptr + head * (TILE * TILE), tl.load(kind_ptr) >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED
-        )
+        bias = _bias(bias_ptr, kind_ptr, 0, head, nH, separated, TILE, WIDE, MASKED, MASKED_KIND)
     for window in range(begin, tl.minimum(begin + per_program, total_windows)):
         b = (window // nW).to(tl.int64)
         token = tl.load(token_ptr + window % nW * TILE + offs).to(tl.int64)
-        q = _load(qkv_ptr + b * stride_b, token * stride_s, D, DP)
-        k = _load(qkv_ptr + b * stride_b + stride_p, token * stride_s, D, DP)
-        v = _load(qkv_ptr + b * stride_b + 2 * stride_p, token * stride_s, D, DP)
+        q, k, v = _q_k_v(  # pyright: ignore[reportGeneralTypeIssues]
+            qkv_ptr + b * stride_b, token * stride_s, stride_p, D, DP
+        )
         if not ONE_KIND:
-            kind = tl.load(kind_ptr + window % nW)
-            tile_ptr = bias_ptr + (kind % MASKED_KIND * nH + head).to(tl.int64) * (TILE * TILE)
-            bias = _fragment(tile_ptr, kind >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED)
+            bias = _bias(bias_ptr, kind_ptr, window % nW, head, nH, separated, TILE, WIDE, MASKED, MASKED_KIND)
         x = _scores(q, tl.trans(k), bias, c)
         m = tl.max(x, 1)
         if q.dtype != tl.float32:
@@ -136,23 +150,19 @@ def _backward(
     acc = tl.zeros((TILE, TILE), tl.float32)
     bias = tl.zeros((TILE, TILE), tl.float32)
     if ONE_KIND:
-        bias = _fragment(
-            bias_ptr + head * (TILE * TILE), tl.load(kind_ptr) >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED
-        )
+        bias = _bias(bias_ptr, kind_ptr, 0, head, nH, separated, TILE, WIDE, MASKED, MASKED_KIND)
     for window in range(begin, tl.minimum(begin + per_program, total_windows)):
         b = (window // nW).to(tl.int64)
         token = tl.load(token_ptr + window % nW * TILE + offs).to(tl.int64)
-        q = _load(qkv_ptr + b * stride_b, token * stride_s, D, DP)
-        k = _load(qkv_ptr + b * stride_b + stride_p, token * stride_s, D, DP)
-        v = _load(qkv_ptr + b * stride_b + 2 * stride_p, token * stride_s, D, DP)
+        q, k, v = _q_k_v(  # pyright: ignore[reportGeneralTypeIssues]
+            qkv_ptr + b * stride_b, token * stride_s, stride_p, D, DP
+        )
         here = b * S * nH * D + head * D
         do = _load(grad_ptr + here, token * (nH * D), D, DP)
         row = lse_ptr + (window * nH + head).to(tl.int64) * TILE
         lse = tl.load(row + offs)
         if not ONE_KIND:
-            kind = tl.load(kind_ptr + window % nW)
-            tile_ptr = bias_ptr + (kind % MASKED_KIND * nH + head).to(tl.int64) * (TILE * TILE)
-            bias = _fragment(tile_ptr, kind >= MASKED_KIND, separated, TILE, TILE, WIDE, MASKED)
+            bias = _bias(bias_ptr, kind_ptr, window % nW, head, nH, separated, TILE, WIDE, MASKED, MASKED_KIND)
         x = _scores(k, tl.trans(q), bias, c)
         p = _power(x, lse[None, :], c, q.dtype == tl.float32)
         if q.dtype == tl.float32:
@@ -188,7 +198,7 @@ def forward(qkv: Tensor, table: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype), out, lse, c, separated,
         *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, table, plan),
-        **registers(qkv),
+        **registers(qkv, {100: 168}),
         num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {80: 2, 90: 2}),
         inner=Inner(plan.tile**2, 4 * width, plan.tile**2 / plan.tokens_per_window**2),
@@ -211,6 +221,7 @@ def backward(
         qkv, plan.token, plan.kind, bias_tiles(table, plan, width, qkv.dtype, transposed=True), grad, lse,
         dqkv, partial, c, scale, separated, *strides(qkv), *_sizes(qkv, plan), per_program,
         **_shape(qkv, table, plan),
+        **registers(qkv, {}),
         num_warps=_warps(qkv, plan),
         num_stages=stages(qkv, {90: 2}),
         inner=Inner(plan.tile**2, 10 * width, plan.tile**2 / plan.tokens_per_window**2),
@@ -222,8 +233,8 @@ def backward(
 
 def _groups(windows: int, heads: int) -> tuple[int, int]:
     """Groups of windows, and windows in each."""
-    size = max(1, -(-windows * heads // PROGRAMS))
-    return -(-windows // size), size
+    size = max(1, cdiv(windows * heads, PROGRAMS))
+    return cdiv(windows, size), size
 
 
 @lru_cache(maxsize=128)
