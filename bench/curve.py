@@ -26,7 +26,7 @@ LEFT_OUT = 77  # exit code: something is missing, and the last line says what
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--small", action="store_true", help="a tiny model, for a rehearsal on a CPU")
     options = parser.parse_args(arguments)

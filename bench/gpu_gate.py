@@ -358,7 +358,7 @@ def gpu_is_there() -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--budget", type=float, default=520.0, metavar="SECONDS")
     parser.add_argument("--tune", action="store_true", help="also try other launch settings")

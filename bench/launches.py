@@ -217,7 +217,7 @@ def _between(begin: Any, end: Any, device: torch.device) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kernel", metavar="NAME", default="")
     parser.add_argument("--case", metavar="TEXT", default="")
     parser.add_argument("--dtype", choices=tuple(check.DTYPES), default="bf16")

@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bevt_kernels", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bevt_kernels", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--kernel", metavar="NAME")
     parser.add_argument("--case", metavar="TEXT", default="", help="cases whose name contains this only")
     parser.add_argument("--dtypes", default="bf16", help="of bf16, fp16, fp32, with commas (default: bf16)")

@@ -351,7 +351,9 @@ def write_csv(file: io.TextIOBase, rows: list[dict[str, Any]]) -> None:
 def arguments(words: list[str] | None) -> argparse.Namespace:
     """Read the command line; what makes no sense is one sentence and exit code 2."""
     parser = argparse.ArgumentParser(
-        "bevt_kernels.compile_check", description="Compile every kernel for GPUs that are not here."
+        "bevt_kernels.compile_check",
+        description="Compile every kernel for GPUs that are not here.",
+        allow_abbrev=False,
     )
     parser.add_argument("--chip", nargs="+", type=int, choices=list(CHIPS), default=list(CHIPS), metavar="80|90|100")
     parser.add_argument("--kernel", metavar="NAME", help="a kernel file or one Triton kernel of it")
