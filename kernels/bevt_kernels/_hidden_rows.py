@@ -17,6 +17,15 @@ BLOCK = 4096
 MOST_ROWS = 2**31 - 2 * BLOCK  # a row's number fits an int32, that of a padding row too
 
 
+def refusal(features: Tensor) -> str | None:
+    """Why the kernels cannot take these features (..., K); None if they can."""
+    if features.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels compute in float32, bfloat16 and float16, not in {features.dtype}"
+    if features.shape[:-1].numel() > MOST_ROWS:
+        return f"the kernels take at most {MOST_ROWS} positions, not {features.shape[:-1].numel()}"
+    return None
+
+
 class Product(NamedTuple):
     """How a matrix product is tiled."""
 
