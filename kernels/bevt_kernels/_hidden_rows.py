@@ -17,6 +17,15 @@ BLOCK = 4096
 MOST_ROWS = 2**31 - 2 * BLOCK  # a row's number fits an int32, that of a padding row too
 
 
+def refusal(features: Tensor) -> str | None:
+    """Why the kernels cannot take these features (..., K); None if they can."""
+    if features.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels compute in float32, bfloat16 and float16, not in {features.dtype}"
+    if features.shape[:-1].numel() > MOST_ROWS:
+        return f"the kernels take at most {MOST_ROWS} positions, not {features.shape[:-1].numel()}"
+    return None
+
+
 class Product(NamedTuple):
     """How a matrix product is tiled."""
 
@@ -25,12 +34,14 @@ class Product(NamedTuple):
     k: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 0  # a ceiling of registers; 0: as ptxas sees fit
 
     def launch(self, waste: float) -> dict[str, Any]:
         """What `launch` is told. `waste`: padded over useful elements."""
         inner = Inner(self.m * self.n, 2 * self.k, waste)
         block = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "inner": inner, **block}
+        ceiling = {"maxnreg": self.maxnreg} if self.maxnreg else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "inner": inner, **block, **ceiling}
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import runtime
-from ._hidden_rows import MOST_ROWS, Product, hidden_rows, linear_tile, row_of, tile_of
+from ._hidden_rows import Product, hidden_rows, linear_tile, refusal, row_of, tile_of
 from .runtime import cdiv, launch, power_of_2, tl, triton
 
 NAME = "codebook_argmax"
@@ -171,9 +171,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
     return ids
 
 
-@torch.library.custom_op(f"{runtime.NAMESPACE}::codebook_argmax", mutates_args=())
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    return _forward(x, weight, bias, mask)
+_op = torch.library.custom_op(f"{runtime.NAMESPACE}::codebook_argmax", _forward, mutates_args=())
 
 
 @_op.register_fake
@@ -197,7 +195,7 @@ def codebook_argmax(features: Tensor, weight: Tensor, bias: Tensor | None = None
         ValueError: shapes that do not fit, a mask that is not bool, tensors of several dtypes or devices.
     """
     _check(features, weight, bias, mask)
-    if not runtime.fused(NAME, features.device, _refusal(features)):
+    if not runtime.fused(NAME, features.device, refusal(features)):
         return reference(features, weight, bias, mask)
     tensors = features.detach().reshape(-1, features.shape[-1]), weight.detach()
     device = features.device.type
@@ -234,15 +232,6 @@ def _check(features: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor |
     dtypes = sorted({str(tensor.dtype) for tensor in given.values() if tensor is not mask})
     if len(dtypes) > 1 and not torch.is_autocast_enabled(features.device.type):
         raise ValueError(f"{NAME}: features, weight and bias must have one dtype, got {', '.join(dtypes)}")
-
-
-def _refusal(features: Tensor) -> str | None:
-    """Why the kernels cannot take these features; None if they can."""
-    if features.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels compute in float32, bfloat16 and float16, not in {features.dtype}"
-    if features.shape[:-1].numel() > MOST_ROWS:
-        return f"the kernels take at most {MOST_ROWS} positions, not {features.shape[:-1].numel()}"
-    return None
 
 
 # 5. Where it is meant to run.

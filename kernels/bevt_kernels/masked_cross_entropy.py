@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import _cross_entropy_kernels as kernels
 from . import runtime
-from ._hidden_rows import MOST_ROWS, Product, hidden_rows
+from ._hidden_rows import Product, hidden_rows, refusal
 from .runtime import cdiv, launch, power_of_2
 
 NAME = "masked_cross_entropy"
@@ -72,7 +72,9 @@ class Products(NamedTuple):
 def products(dtype: torch.dtype, capability: int, width: int, vocabulary: int) -> Products:
     """Tiles by dtype, chip and sizes. From machine code (no spill, shared memory), not from a stopwatch."""
     if dtype == torch.float32 or width % 16:
-        return Products(*[Product(64, 64, 32, 4, 2)] * 3)
+        small = Product(64, 64, 32, 4, 2)
+        # left alone, ptxas aims at one more program a multiprocessor and spills a little
+        return Products(small, small, small._replace(maxnreg=255))
     wide, square = Product(128, 256, 64, 8, 3), Product(128, 128, 64, 8, 3)
     # a wide tile has no registers left for masks, nor, where products read registers, for its operands
     if capability < 90 or width % 256 or vocabulary % 256:
@@ -109,8 +111,8 @@ def _forward(
     want_x: bool,
     want_w: bool,
     want_b: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, accuracy, scale) and the gradients of x, weight and bias, which are still to be multiplied by the scale.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, (loss, accuracy, scale), and the gradients of x, weight and bias, still to be multiplied by the scale.
 
     Those of the parameters are float32. A gradient that is not wanted is an empty tensor.
     """
@@ -124,9 +126,7 @@ def _forward(
     columns = work.new(cdiv(positions, STRIP) if want_b else 0, work.padded)
     losses = work.new(cdiv(positions, ROWS), dtype=torch.float64)
     right = work.new(cdiv(positions, ROWS), dtype=torch.int32)
-    dx = work.new(positions if want_x else 0, width, dtype=x.dtype)
-    dw = work.new(vocabulary if want_w else 0, width)
-    db = work.new(vocabulary if want_b else 0)
+    dx, dw, db = _gradients(x, weight, want_x, want_w, want_b)
     if mask is not None:
         dx.zero_()  # for the rows that are not hidden; where every row counts, each is written
     if not positions:
@@ -145,7 +145,16 @@ def _forward(
     launch(
         kernels.finish, (1,), losses, right, count, out, positions, num_warps=4, ROWS=ROWS, BLOCK=256, **work.constants
     )
-    return out, dx, dw, db
+    # two results of an operator may not share memory
+    return out[0].clone(), out, dx, dw, db
+
+
+def _gradients(x: Tensor, weight: Tensor, want_x: bool, want_w: bool, want_b: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of x, weight and bias, those of the parameters in float32; empty what is not wanted."""
+    (positions, width), vocabulary = x.shape, weight.shape[0]
+    dx = torch.empty(positions if want_x else 0, width, dtype=x.dtype, device=x.device)
+    dw = torch.empty(vocabulary if want_w else 0, width, dtype=torch.float32, device=x.device)
+    return dx, dw, torch.empty(vocabulary if want_b else 0, dtype=torch.float32, device=x.device)
 
 
 def _score_and_turn(
@@ -254,34 +263,16 @@ def _backward(upstream: Tensor, out: Tensor, gradient: Tensor, dtype: torch.dtyp
     return scaled
 
 
-@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_cross_entropy", mutates_args=())
-def _op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    want_x: bool,
-    want_w: bool,
-    want_b: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out, dx, dw, db = _forward(x, weight, bias, targets, mask, want_x, want_w, want_b)
-    return out[0].clone(), out, dx, dw, db
+_op = torch.library.custom_op(f"{runtime.NAMESPACE}::masked_cross_entropy", _forward, mutates_args=())
+_op_backward = torch.library.custom_op(
+    f"{runtime.NAMESPACE}::masked_cross_entropy_backward", _backward, mutates_args=()
+)
 
 
 @_op.register_fake
 def _(x, weight, bias, targets, mask, want_x, want_w, want_b):
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    dx = new(x.shape[0] if want_x else 0, x.shape[1], dtype=x.dtype)
-    dw = new(weight.shape[0] if want_w else 0, weight.shape[1])
-    return new(), new(3), dx, dw, new(weight.shape[0] if want_b else 0)
-
-
-@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_cross_entropy_backward", mutates_args=())
-def _op_backward(upstream: Tensor, out: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return _backward(upstream, out, gradient, dtype)
+    loss, out = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in ((), (3,)))
+    return loss, out, *_gradients(x, weight, want_x, want_w, want_b)
 
 
 @_op_backward.register_fake
@@ -424,11 +415,7 @@ def _refusal(features: Tensor, head: nn.Module) -> str | None:
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     if any(hooks) and not hasattr(head.weight, "ds_id"):
         return "the head has hooks, which wait for logits"
-    if features.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels compute in float32, bfloat16 and float16, not in {features.dtype}"
-    if features.shape[:-1].numel() > MOST_ROWS:
-        return f"the kernels take at most {MOST_ROWS} positions, not {features.shape[:-1].numel()}"
-    return None
+    return refusal(features)
 
 
 # 5. Where it is meant to run.
@@ -497,7 +484,7 @@ def rehearse(case: Case, dtype: torch.dtype) -> None:
     bias = x.new_empty(case.vocabulary) if case.bias else None
     targets = x.new_empty(positions, dtype=torch.int64)
     mask = None if case.hidden is None else x.new_empty(positions, dtype=torch.bool)
-    out, *gradients = _forward(x, weight, bias, targets, mask, True, True, case.bias)
+    loss, out, *gradients = _forward(x, weight, bias, targets, mask, True, True, case.bias)
     for gradient in gradients:
-        _backward(out[0], out, gradient, dtype)
+        _backward(loss, out, gradient, dtype)
     _forward(x, weight, bias, targets, mask, False, False, False)

@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _masked_embedding_kernels as kernels
 from . import runtime
-from .runtime import tl, triton
+
+NAME = "masked_embedding"
+
 
 # 1. The specification.
 
@@ -43,177 +46,7 @@ def reference(
     return torch.where(hidden[..., None], mask_token.reshape(-1).to(tokens.dtype), tokens)
 
 
-# 2. The Triton kernels, forward then backward. The token axes that x cannot merge with the last one are `outer`: at
-# most three, of any strides. A program works on tiles of consecutive tokens of the last, merged axis, so that loads
-# coalesce along the tokens or along the channels, whichever has stride 1. Row numbers fit int32, addresses do not.
-
-
-@triton.jit
-def _tile(tile, inner, BLOCK_M: tl.constexpr):
-    """The outer index of a tile, its places along the inner axis, and its row numbers in logical order."""
-    tiles = tl.cdiv(inner, BLOCK_M)
-    outer = tile // tiles
-    places = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    return outer, places, outer * inner + places
-
-
-@triton.jit
-def _start(outer, size_1, size_2, stride_0, stride_1, stride_2):
-    """Offset of an outer index, which counts through (axis 0, axis 1, axis 2)."""
-    first = (outer // (size_1 * size_2)).to(tl.int64) * stride_0
-    return first + (outer // size_2 % size_1).to(tl.int64) * stride_1 + (outer % size_2).to(tl.int64) * stride_2
-
-
-@triton.jit
-def _hidden(
-    mask_ptr,
-    rows,
-    inside,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CELL_H: tl.constexpr,
-    CELL_W: tl.constexpr,
-    RUN: tl.constexpr,
-):
-    """Whether each row lies in a hidden cell; mask_ptr is (planes, H / CELL_H, W / CELL_W)."""
-    cell_row = rows // (H * W) * (H // CELL_H) + rows // W % H // CELL_H
-    cells = cell_row * (W // CELL_W) + rows % W // CELL_W
-    return tl.load(mask_ptr + tl.max_constancy(cells, [RUN]), mask=inside, other=0) != 0
-
-
-@triton.jit
-def _normalise(x, valid_c, eps, C: tl.constexpr):
-    """float32 rows with 0 in the padding of C -> normalised rows and their reciprocal deviations."""
-    centred = tl.where(valid_c[None, :], x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
-    reciprocal = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
-    return centred * reciprocal[:, None], reciprocal
-
-
-@triton.jit
-def _masked_embedding_fwd(
-    x_ptr,  # (axis 0, axis 1, axis 2, inner, C)
-    mask_ptr,  # (planes, H / CELL_H, W / CELL_W) uint8
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    token_ptr,  # (C,)
-    out_ptr,  # (M, C)
-    stride_x0,
-    stride_x1,
-    stride_x2,
-    stride_xm,
-    stride_xc,
-    size_1,
-    size_2,
-    inner,
-    eps,
-    C: tl.constexpr,
-    HIDES: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CELL_H: tl.constexpr,
-    CELL_W: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    outer, places, rows = _tile(tl.program_id(0), inner, BLOCK_M)  # pyright: ignore[reportGeneralTypeIssues]
-    offs_c = tl.arange(0, BLOCK_C)
-    inside, valid_c = places < inner, offs_c < C
-    mask_mc = inside[:, None] & valid_c[None, :]
-    wanted = mask_mc
-    if HIDES:
-        hidden = _hidden(mask_ptr, rows, inside, H, W, CELL_H, CELL_W, RUN)
-        wanted = wanted & (hidden == 0)[:, None]
-
-    x_ptr += _start(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
-    offs_x = places.to(tl.int64)[:, None] * stride_xm + offs_c.to(tl.int64)[None, :] * stride_xc
-    x = tl.load(x_ptr + offs_x, mask=wanted, other=0.0).to(tl.float32)
-    normal, _ = _normalise(x, valid_c, eps, C)
-    weight = tl.load(weight_ptr + offs_c, mask=valid_c, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_c, mask=valid_c, other=0.0).to(tl.float32)
-    out = normal * weight[None, :] + bias[None, :]
-    if HIDES:
-        token = tl.load(token_ptr + offs_c, mask=valid_c, other=0.0).to(tl.float32)
-        out = tl.where(hidden[:, None], token[None, :], out)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_mc)
-
-
-@triton.jit
-def _masked_embedding_bwd(
-    grad_ptr,  # (M, C)
-    x_ptr,  # (axis 0, axis 1, axis 2, inner, C)
-    mask_ptr,  # (planes, H / CELL_H, W / CELL_W) uint8
-    weight_ptr,  # (C,)
-    dx_ptr,  # as x
-    partial_ptr,  # (programs, 3, C) float32: this program's share of dweight, dbias, dtoken
-    stride_x0,
-    stride_x1,
-    stride_x2,
-    stride_xm,
-    stride_xc,
-    stride_d0,
-    stride_d1,
-    stride_d2,
-    stride_dm,
-    stride_dc,
-    size_1,
-    size_2,
-    inner,
-    tiles,
-    eps,
-    C: tl.constexpr,
-    HIDES: tl.constexpr,
-    WANTS_X: tl.constexpr,
-    WANTS_SUMS: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CELL_H: tl.constexpr,
-    CELL_W: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    offs_c = tl.arange(0, BLOCK_C)
-    valid_c = offs_c < C
-    weight = tl.load(weight_ptr + offs_c, mask=valid_c, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK_C,), tl.float32)
-    dbias = tl.zeros((BLOCK_C,), tl.float32)
-    dtoken = tl.zeros((BLOCK_C,), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        outer, places, rows = _tile(tile, inner, BLOCK_M)  # pyright: ignore[reportGeneralTypeIssues]
-        inside = places < inner
-        mask_mc = inside[:, None] & valid_c[None, :]
-        grad = tl.load(grad_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], mask=mask_mc, other=0.0).to(
-            tl.float32
-        )
-        wanted = mask_mc
-        if HIDES:
-            hidden = _hidden(mask_ptr, rows, inside, H, W, CELL_H, CELL_W, RUN)
-            wanted = wanted & (hidden == 0)[:, None]
-            if WANTS_SUMS:
-                dtoken += tl.sum(tl.where(hidden[:, None], grad, 0.0), axis=0)
-            grad = tl.where(hidden[:, None], 0.0, grad)
-
-        offs_x = places.to(tl.int64)[:, None] * stride_xm + offs_c.to(tl.int64)[None, :] * stride_xc
-        offs_x += _start(outer, size_1, size_2, stride_x0, stride_x1, stride_x2)
-        x = tl.load(x_ptr + offs_x, mask=wanted, other=0.0).to(tl.float32)
-        normal, reciprocal = _normalise(x, valid_c, eps, C)
-        if WANTS_SUMS:
-            dweight += tl.sum(grad * normal, axis=0)
-            dbias += tl.sum(grad, axis=0)
-        if WANTS_X:
-            scaled = grad * weight[None, :]
-            mean = tl.sum(scaled, axis=1) / C
-            along = tl.sum(scaled * normal, axis=1) / C
-            dx = (scaled - mean[:, None] - normal * along[:, None]) * reciprocal[:, None]
-            offs_d = places.to(tl.int64)[:, None] * stride_dm + offs_c.to(tl.int64)[None, :] * stride_dc
-            offs_d += _start(outer, size_1, size_2, stride_d0, stride_d1, stride_d2)
-            tl.store(dx_ptr + offs_d, dx.to(dx_ptr.dtype.element_ty), mask=mask_mc)
-    if WANTS_SUMS:
-        partial_ptr += tl.program_id(0).to(tl.int64) * 3 * C + offs_c
-        tl.store(partial_ptr, dweight, mask=valid_c)
-        tl.store(partial_ptr + C, dbias, mask=valid_c)
-        tl.store(partial_ptr + 2 * C, dtoken, mask=valid_c)
+# 2. The Triton kernels: _masked_embedding_kernels.py.
 
 
 # 3. Autograd: allocate, launch, save.
@@ -272,18 +105,21 @@ def _configuration(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
     """
     C = tokens.shape[-1]
     BLOCK_C = runtime.power_of_2(max(16, C))
-    H, W = tokens.shape[-3:-1]
-    rows, columns = (1, 1) if mask is None else (H // mask.shape[-2], W // mask.shape[-1])
     BLOCK_M = max(1, min(32, TILE // BLOCK_C))
+    # plain where nothing hides, so that other grids do not compile again
+    H = W = CELL_H = CELL_W = 1
+    if mask is not None:
+        H, W = tokens.shape[-3:-1]
+        CELL_H, CELL_W = H // mask.shape[-2], W // mask.shape[-1]
     return {
         "C": C,
         "HIDES": mask is not None,
-        # plain where nothing hides, so that other grids do not compile again
-        **({"H": H, "W": W} if mask is not None else {"H": 1, "W": 1}),
-        "CELL_H": rows,
-        "CELL_W": columns,
+        "H": H,
+        "W": W,
+        "CELL_H": CELL_H,
+        "CELL_W": CELL_W,
         # rows of a tile that surely lie in one cell together
-        "RUN": math.gcd(columns, BLOCK_M),
+        "RUN": math.gcd(CELL_W, BLOCK_M),
         "BLOCK_M": BLOCK_M,
         "BLOCK_C": BLOCK_C,
         "num_warps": WARPS,
@@ -291,12 +127,18 @@ def _configuration(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
     }
 
 
+def _walk(rows: int, *tensors: Tensor) -> tuple[int, list[int]]:
+    """How many tiles of so many rows there are; the strides of each tensor and the sizes, as the kernels take them."""
+    sizes, steps = _merged(tensors[0].shape[:-1], *(tensor.stride()[:-1] for tensor in tensors))
+    strides = [stride for tensor, outer in zip(tensors, steps) for stride in (*outer, tensor.stride(-1))]
+    return math.prod(sizes[:3]) * runtime.cdiv(sizes[3], rows), [*strides, *sizes[1:]]
+
+
 def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
     """The mask as Triton reads it; where there is none, any tensor may stand for it."""
     return otherwise if mask is None else mask.contiguous().view(torch.uint8)
 
 
-@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_embedding", mutates_args=())
 def _forward(
     tokens: Tensor,
     mask: Tensor | None,
@@ -306,39 +148,27 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    return _run_forward(tokens, mask, norm_weight, norm_bias, mask_token, eps, dtype)
-
-
-@_forward.register_fake
-def _(tokens, mask, norm_weight, norm_bias, mask_token, eps, dtype):
-    return tokens.new_empty(tokens.shape, dtype=dtype)
-
-
-def _run_forward(
-    tokens: Tensor,
-    mask: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    mask_token: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
     out = tokens.new_empty(tokens.shape, dtype=dtype)
-    sizes, (steps,) = _merged(tokens.shape[:-1], tokens.stride()[:-1])
     constants = _configuration(tokens, mask)
-    tiles = math.prod(sizes[:3]) * runtime.cdiv(sizes[3], constants["BLOCK_M"])
+    tiles, walk = _walk(constants["BLOCK_M"], tokens)
     token = norm_weight if mask_token is None else mask_token.reshape(-1)
     runtime.launch(
-        _masked_embedding_fwd,
+        kernels.masked_embedding_fwd,
         (tiles,),
         *(tokens, _bytes(mask, norm_weight), norm_weight.contiguous(), norm_bias.contiguous(), token, out),
-        *(*steps, tokens.stride(-1), sizes[1], sizes[2], sizes[3], eps),
+        *walk,
+        eps,
         **constants,
     )
     return out
 
 
-@torch.library.custom_op(f"{runtime.NAMESPACE}::masked_embedding_backward", mutates_args=())
+def _gradients(tokens: Tensor, wants_tokens: bool, wants_sums: bool) -> tuple[Tensor, Tensor]:
+    """Room for dx, in the layout of a dense x, and for the sums of the three parameters; empty what is not wanted."""
+    dx = torch.empty_like(tokens) if wants_tokens else tokens.new_empty(0)
+    return dx, tokens.new_empty((3, tokens.shape[-1]) if wants_sums else (0,), dtype=torch.float32)
+
+
 def _backward(
     grad: Tensor,
     tokens: Tensor,
@@ -348,46 +178,37 @@ def _backward(
     wants_tokens: bool,
     wants_sums: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _run_backward(grad, tokens, mask, norm_weight, eps, wants_tokens, wants_sums)
-
-
-@_backward.register_fake
-def _(grad, tokens, mask, norm_weight, eps, wants_tokens, wants_sums):
-    return _gradients(tokens, wants_tokens, wants_sums)
-
-
-def _gradients(tokens: Tensor, wants_tokens: bool, wants_sums: bool) -> tuple[Tensor, Tensor]:
-    """Room for dx, in the layout of a dense x, and for the sums of the three parameters; empty what is not wanted."""
-    dx = torch.empty_like(tokens) if wants_tokens else tokens.new_empty(0)
-    return dx, tokens.new_empty((3, tokens.shape[-1]) if wants_sums else (0,), dtype=torch.float32)
-
-
-def _run_backward(
-    grad: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    wants_tokens: bool,
-    wants_sums: bool,
-) -> tuple[Tensor, Tensor]:
     dx, sums = _gradients(tokens, wants_tokens, wants_sums)
-    like = dx if wants_tokens else tokens
-    sizes, (steps, dx_steps) = _merged(tokens.shape[:-1], tokens.stride()[:-1], like.stride()[:-1])
     constants = _configuration(tokens, mask)
-    tiles = math.prod(sizes[:3]) * runtime.cdiv(sizes[3], constants["BLOCK_M"])
+    tiles, walk = _walk(constants["BLOCK_M"], tokens, dx if wants_tokens else tokens)
     programs = min(tiles, PROGRAMS)
     partial = tokens.new_empty((programs, *sums.shape), dtype=torch.float32)
     runtime.launch(
-        _masked_embedding_bwd,
+        kernels.masked_embedding_bwd,
         (programs,),
         *(grad.contiguous(), tokens, _bytes(mask, norm_weight), norm_weight.contiguous(), dx, partial),
-        *(*steps, tokens.stride(-1), *dx_steps, like.stride(-1), sizes[1], sizes[2], sizes[3], tiles, eps),
+        *walk,
+        tiles,
+        eps,
         WANTS_X=wants_tokens,
         WANTS_SUMS=wants_sums,
         **constants,
     )
     return dx, partial.sum(dim=0) if wants_sums else sums
+
+
+_op = torch.library.custom_op(f"{runtime.NAMESPACE}::masked_embedding", _forward, mutates_args=())
+_op_backward = torch.library.custom_op(f"{runtime.NAMESPACE}::masked_embedding_backward", _backward, mutates_args=())
+
+
+@_op.register_fake
+def _(tokens, mask, norm_weight, norm_bias, mask_token, eps, dtype):
+    return tokens.new_empty(tokens.shape, dtype=dtype)
+
+
+@_op_backward.register_fake
+def _(grad, tokens, mask, norm_weight, eps, wants_tokens, wants_sums):
+    return _gradients(tokens, wants_tokens, wants_sums)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -399,7 +220,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tokens, mask, norm_weight = ctx.saved_tensors
     wants_tokens, _, *wants = ctx.needs_input_grad[:5]
-    dx, sums = _backward(grad, tokens, mask, norm_weight, ctx.eps, wants_tokens, any(wants))
+    dx, sums = _op_backward(grad, tokens, mask, norm_weight, ctx.eps, wants_tokens, any(wants))
     parameters: list[Tensor | None] = [
         sums[i].reshape(kind[0]).to(kind[1]) if wanted else None
         for i, (wanted, kind) in enumerate(zip(wants, ctx.parameters))
@@ -407,7 +228,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx if wants_tokens else None, None, *parameters, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_op.register_autograd(_differentiate, setup_context=_keep)
 
 # 4. The public function.
 
@@ -435,61 +256,67 @@ def masked_embedding(
             dtypes or devices.
     """
     _check(tokens, mask, norm_weight, norm_bias, mask_token, eps)
-    if runtime.fused("masked_embedding", tokens.device, _refusal(tokens, norm_weight, norm_bias, mask_token)):
+    if runtime.fused(NAME, tokens.device, _refusal(tokens, norm_weight, norm_bias, mask_token)):
         token = None if mask is None else mask_token
-        return _forward(tokens, mask, norm_weight, norm_bias, token, eps, _out_dtype(tokens))
+        return _op(tokens, mask, norm_weight, norm_bias, token, eps, _out_dtype(tokens))
     return reference(tokens, mask, norm_weight, norm_bias, mask_token, eps)
 
 
 def _check(
     tokens: Tensor, mask: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, mask_token: Tensor | None, eps: float
 ) -> None:
-    runtime.expect_tensors("masked_embedding", tokens=tokens, norm_weight=norm_weight, norm_bias=norm_bias)
+    runtime.expect_tensors(NAME, tokens=tokens, norm_weight=norm_weight, norm_bias=norm_bias)
     optional = {"mask": mask, "mask_token": mask_token}
-    runtime.expect_tensors("masked_embedding", **{name: x for name, x in optional.items() if x is not None})
+    runtime.expect_tensors(NAME, **{name: x for name, x in optional.items() if x is not None})
     if not isinstance(eps, int | float) or not eps >= 0:
-        raise ValueError(f"masked_embedding: eps is {eps!r}, expected a number of at least 0")
+        raise ValueError(f"{NAME}: eps is {eps!r}, expected a number of at least 0")
     if tokens.ndim not in (4, 5):
         raise ValueError(
-            f"masked_embedding: tokens are (B, t, h, w, C) or (B, h, w, C), "
-            f"got {tokens.ndim} axes {tuple(tokens.shape)}"
+            f"{NAME}: tokens are (B, t, h, w, C) or (B, h, w, C), got {tokens.ndim} axes {tuple(tokens.shape)}"
         )
     if not tokens.is_floating_point():
-        raise ValueError(f"masked_embedding: the tokens are {tokens.dtype}, not floating-point numbers")
+        raise ValueError(f"{NAME}: the tokens are {tokens.dtype}, not floating-point numbers")
     width = tokens.shape[-1]
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor.shape != (width,):
-            raise ValueError(f"masked_embedding: {name} is {tuple(tensor.shape)}, but the tokens have {width} channels")
+            raise ValueError(f"{NAME}: {name} is {tuple(tensor.shape)}, but the tokens have {width} channels")
     dtypes = {norm_weight.dtype, norm_bias.dtype}
-    if len(dtypes) > 1 or not dtypes <= {tokens.dtype, torch.float32}:
-        if not torch.is_autocast_enabled(tokens.device.type):
-            raise ValueError(
-                f"masked_embedding: norm_weight is {norm_weight.dtype} and norm_bias {norm_bias.dtype}; both must be "
-                f"of the tokens' dtype {tokens.dtype} or torch.float32"
-            )
+    fits = len(dtypes) == 1 and dtypes <= {tokens.dtype, torch.float32}
+    if not fits and not torch.is_autocast_enabled(tokens.device.type):
+        raise ValueError(
+            f"{NAME}: norm_weight is {norm_weight.dtype} and norm_bias {norm_bias.dtype}; both must be "
+            f"of the tokens' dtype {tokens.dtype} or torch.float32"
+        )
+    _check_mask(tokens, mask, mask_token)
+    others = {"mask": mask, "norm_weight": norm_weight, "norm_bias": norm_bias, "mask_token": mask_token}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != tokens.device:
+            raise ValueError(f"{NAME}: {name} is on {tensor.device}, but the tokens are on {tokens.device}")
+
+
+def _check_mask(tokens: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> None:
     if mask is not None:
         if mask_token is None:
-            raise ValueError("masked_embedding: a mask needs a mask token to put in place of the hidden tokens")
+            raise ValueError(f"{NAME}: a mask needs a mask token to put in place of the hidden tokens")
         if mask.dtype is not torch.bool:
-            raise ValueError(f"masked_embedding: the mask is {mask.dtype}, not torch.bool (True = hidden)")
+            raise ValueError(f"{NAME}: the mask is {mask.dtype}, not torch.bool (True = hidden)")
         # an empty mask grid would divide by zero
         same_outside = (
             mask.ndim == tokens.ndim - 1 and mask.shape[:-2] == tokens.shape[:-3] and 0 not in mask.shape[-2:]
         )
         if not same_outside or tokens.shape[-3] % mask.shape[-2] or tokens.shape[-2] % mask.shape[-1]:
             raise ValueError(
-                f"masked_embedding: the mask {tuple(mask.shape)} does not divide the tokens {tuple(tokens.shape[:-1])}"
+                f"{NAME}: the mask {tuple(mask.shape)} does not divide the tokens {tuple(tokens.shape[:-1])}"
             )
-    if mask_token is not None and mask_token.numel() != width:
+    if mask_token is None:
+        return
+    width = tokens.shape[-1]
+    if mask_token.numel() != width:
         raise ValueError(
-            f"masked_embedding: the mask token has {mask_token.numel()} values, but the tokens have {width} channels"
+            f"{NAME}: the mask token has {mask_token.numel()} values, but the tokens have {width} channels"
         )
-    if mask_token is not None and not mask_token.is_floating_point():
-        raise ValueError(f"masked_embedding: the mask token is {mask_token.dtype}, not floating-point numbers")
-    others = {"mask": mask, "norm_weight": norm_weight, "norm_bias": norm_bias, "mask_token": mask_token}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != tokens.device:
-            raise ValueError(f"masked_embedding: {name} is on {tensor.device}, but the tokens are on {tokens.device}")
+    if not mask_token.is_floating_point():
+        raise ValueError(f"{NAME}: the mask token is {mask_token.dtype}, not floating-point numbers")
 
 
 # 5. Where it is meant to run.
@@ -549,8 +376,8 @@ def inputs(case: Case, dtype: torch.dtype, device: Any, generator: torch.Generat
 def rehearse(case: Case, dtype: torch.dtype) -> None:
     """The host side of one forward and backward pass, on meta tensors."""
     tokens, mask, weight, bias, token = inputs(case, dtype, "meta")
-    out = _run_forward(tokens, mask, weight, bias, token if case.cells else None, 1e-5, dtype)
-    _run_backward(out, tokens, mask, weight, 1e-5, wants_tokens=True, wants_sums=True)
+    out = _forward(tokens, mask, weight, bias, token if case.cells else None, 1e-5, dtype)
+    _backward(out, tokens, mask, weight, 1e-5, wants_tokens=True, wants_sums=True)
 
 
 def _room(case: Case, dtype: torch.dtype, device: Any) -> Tensor:
