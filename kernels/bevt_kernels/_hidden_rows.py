@@ -34,14 +34,12 @@ class Product(NamedTuple):
     k: int
     num_warps: int
     num_stages: int
-    maxnreg: int = 0  # a ceiling of registers; 0: as ptxas sees fit
 
     def launch(self, waste: float) -> dict[str, Any]:
         """What `launch` is told. `waste`: padded over useful elements."""
         inner = Inner(self.m * self.n, 2 * self.k, waste)
         block = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
-        ceiling = {"maxnreg": self.maxnreg} if self.maxnreg else {}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "inner": inner, **block, **ceiling}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "inner": inner, **block}
 
 
 @triton.jit

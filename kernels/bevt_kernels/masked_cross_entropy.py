@@ -73,8 +73,7 @@ def products(dtype: torch.dtype, capability: int, width: int, vocabulary: int) -
     """Tiles by dtype, chip and sizes. From machine code (no spill, shared memory), not from a stopwatch."""
     if dtype == torch.float32 or width % 16:
         small = Product(64, 64, 32, 4, 2)
-        # left alone, ptxas aims at one more program a multiprocessor and spills a little
-        return Products(small, small, small._replace(maxnreg=255))
+        return Products(small, small, small._replace(num_warps=8))  # with four, ptxas spills a little
     wide, square = Product(128, 256, 64, 8, 3), Product(128, 128, 64, 8, 3)
     # a wide tile has no registers left for masks, nor, where products read registers, for its operands
     if capability < 90 or width % 256 or vocabulary % 256:
