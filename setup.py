@@ -14,7 +14,10 @@ train = [
 ]  # fmt: skip
 dali = ["nvidia-dali-cuda130>=2.4"]
 gpu = [*dali, "xformers>=0.0.35"]
-test = ["attrs", "dall-e==0.1", "monai", "pytest", "pytest-timeout", "pytest-xdist", "torchvision>=0.26"]
+test = [
+    "attrs", "dall-e==0.1", "monai", "pytest", "pytest-timeout", "pytest-xdist", "timm",
+    "torchvision>=0.26", "transformers",
+]  # fmt: skip
 dev = ["pre-commit", "pyright", "ruff"]
 
 setup(
