@@ -82,7 +82,7 @@ def test_contenders_that_fail_are_printed_with_their_reason(monkeypatch, tmp_pat
 
 
 def test_the_program_writes_its_files_and_ends_with_the_headline(program, tmp_path):
-    arguments = ("--kernel", "window_attention", "--case", "2x3x4", "--reps", "3", "--budget", "8", "--device", "cpu")
+    arguments = ("--kernel", "window_attention", "--case", "2x3x4", "--reps", "3", "--budget", "100", "--device", "cpu")
     done = program("bench/kernels.py", "--out", tmp_path, *arguments, check=0)
     headline = done.stdout.strip().splitlines()[-1]
     assert headline.startswith("no GPU: 1 small cases timed on a CPU (1 of 1 exact)")
