@@ -62,4 +62,7 @@ def _same(source: Source, good: array, read: Source) -> bool:
     if len(read) != len(good) or any(source.paths[index] != path for index, path in zip(good, read.paths)):
         return False
     pairs = ((source.labels, read.labels), (source.extents, read.extents))
-    return all(there is None if kept is None else np.array_equal(kept[pick], there) for kept, there in pairs)
+    return all(
+        there is None if kept is None else there is not None and np.array_equal(kept[pick], there)
+        for kept, there in pairs
+    )

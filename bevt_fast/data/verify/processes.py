@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import IO, Any
 
@@ -87,59 +87,86 @@ def check(
 ) -> Generator[tuple[Job, dict[str, Any] | None], None, None]:
     """Each job with the columns of its row, as they are done; None for a file that looks as it did.
 
-    A file that takes more than `timeout` seconds, or ends its process, is unreadable. Raises MachineError if processes
-    cannot start.
+    A file that takes more than `timeout` seconds, or twice ends the process that reads it, is unreadable. Raises
+    MachineError if processes cannot start.
     """
-    pending = iter(jobs)
-    busy: set[_Checker] = set()
-    with tempfile.TemporaryFile() as complaints, selectors.DefaultSelector() as selector:
-
-        def start() -> None:
-            checker = _Checker(depth, timeout, complaints)
-            busy.add(checker)
-            selector.register(checker.answers, selectors.EVENT_READ, checker)
-
-        def dismiss(checker: _Checker) -> str:
-            busy.discard(checker)
-            selector.unregister(checker.answers)
-            return checker.end()
-
-        def go_on(checker: _Checker) -> None:
-            if (asked := next(pending, None)) is None:
-                dismiss(checker)
-            else:
-                checker.ask(asked)
-
+    with tempfile.TemporaryFile() as complaints:
+        team = _Team(iter(jobs), lambda: _Checker(depth, timeout, complaints))
         try:
             for _ in range(workers):
-                start()
-            while busy:
-                first = min(checker.deadline for checker in busy)
-                for key, _ in selector.select(max(first - time.monotonic(), 0)):
-                    checker: _Checker = key.data
-                    alive = checker.hear()
-                    if checker.job is None and checker.lines:
-                        go_on(checker)
-                    elif checker.job is not None and len(checker.lines) == 2:
-                        yield checker.job, checker.row()
-                        go_on(checker)
-                    elif not alive:
-                        yield _failed(checker, dismiss(checker), complaints)
-                        start()
-                for checker in [c for c in busy if c.deadline <= time.monotonic()]:
-                    dismiss(checker)
-                    yield _failed(checker, too_slow(timeout), complaints)
-                    start()
+                team.start()
+            while team.busy:
+                yield from team.wait()
+        except EOFError as error:
+            complaints.seek(0)
+            said = complaints.read().decode(errors="replace").strip().splitlines() or [str(error)]
+            raise MachineError(
+                f"the processes that check files do not start: {said[-1]}; repair the installation"
+            ) from None
         finally:
-            for checker in busy:
-                checker.process.kill()
-            for checker in list(busy):
-                checker.end()
+            team.end()
 
 
-def _failed(checker: _Checker, reason: str, complaints: IO[bytes]) -> tuple[Job, dict[str, Any] | None]:
-    if checker.job is not None:
-        return checker.job, checker.row(reason)
-    complaints.seek(0)
-    said = complaints.read().decode(errors="replace").strip().splitlines() or [reason]
-    raise MachineError(f"the processes that check files do not start: {said[-1]}; repair the installation")
+class _Team:
+    """The processes at work. `busy` is empty when all jobs are done."""
+
+    def __init__(self, jobs: Iterator[Asked], hire: Callable[[], _Checker]) -> None:
+        self.busy: set[_Checker] = set()
+        self._jobs, self._hire = jobs, hire
+        self._selector = selectors.DefaultSelector()
+        self._again: list[Asked] = []
+        self._suspects: set[Job] = set()  # files that have ended a process once
+
+    def start(self) -> None:
+        """One more process."""
+        checker = self._hire()
+        self.busy.add(checker)
+        self._selector.register(checker.answers, selectors.EVENT_READ, checker)
+
+    def wait(self) -> Iterator[tuple[Job, dict[str, Any] | None]]:
+        """Wait for an answer, a death or a deadline, and give out the next jobs."""
+        first = min(checker.deadline for checker in self.busy)
+        for key, _ in self._selector.select(max(first - time.monotonic(), 0)):
+            checker: _Checker = key.data
+            alive = checker.hear()
+            if checker.job is None and checker.lines:
+                self._go_on(checker)
+            elif checker.job is not None and len(checker.lines) == 2:
+                yield checker.job, checker.row()
+                self._go_on(checker)
+            elif not alive:
+                yield from self._replace(checker)
+        for checker in [checker for checker in self.busy if checker.deadline <= time.monotonic()]:
+            yield from self._replace(checker, too_slow(checker.timeout))
+
+    def end(self) -> None:
+        """End them all, at once."""
+        for checker in self.busy:
+            checker.process.kill()
+        for checker in list(self.busy):
+            self._dismiss(checker)
+        self._selector.close()
+
+    def _go_on(self, checker: _Checker) -> None:
+        asked = self._again.pop() if self._again else next(self._jobs, None)
+        if asked is None:
+            self._dismiss(checker)
+        else:
+            checker.ask(asked)
+
+    def _replace(self, checker: _Checker, reason: str = "") -> Iterator[tuple[Job, dict[str, Any] | None]]:
+        how, job = self._dismiss(checker), checker.job
+        if job is None:
+            raise EOFError(how)
+        if reason or job in self._suspects:
+            yield job, checker.row(reason or how)
+        else:
+            # the machine may have killed it for memory, or the file before may have harmed it
+            self._suspects.add(job)
+            self._again.append((job, None))
+        self.start()
+
+    def _dismiss(self, checker: _Checker) -> str:
+        self.busy.discard(checker)
+        self._selector.unregister(checker.answers)
+        return checker.end()
