@@ -1,4 +1,4 @@
-"""Make what a run reads: a tokenizer fitted to your own data, DALL-E's weights as plain tensors, the demo's data.
+"""Make what a run reads, and check it: a tokenizer for your own data, DALL-E's weights as plain tensors, demo data.
 
 python bevt_fast/prepare.py tokenizer --data VIDEOS --data IMAGES --out data/tokenizer.safetensors
 python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from tests.training.command import ROOT, environment
 PREPARE = "bevt_fast/prepare.py"
 FAST = {"deadline": "realtime", "cpu-used": "8"}
 VP9 = {"codec": "libvpx-vp9", "options": FAST}
-IRREGULAR = np.cumsum(np.random.RandomState(0).randint(10, 90, 40))
+IRREGULAR = np.cumsum(np.random.RandomState(0).randint(10, 90, 40)).tolist()
 
 
 def verify(*arguments, out):
@@ -330,7 +331,8 @@ def test_every_source_of_a_configuration(few, tmp_path, capsys):
     }  # fmt: skip
     assert found["clips.source"].frames == Frames(4, 2)
     sets = [shlex.split(line.split(" --set ")[1])[0] for line in said.splitlines() if " --set " in line]
-    assert load(tmp_path / "run.json", sets).clips.source.options["list"] == str(out / "clips_source.jsonl")
+    clips = load(tmp_path / "run.json", sets).clips
+    assert clips is not None and clips.source.options["list"] == str(out / "clips_source.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -404,8 +406,9 @@ def test_a_file_that_ends_its_process_twice_is_named(tmp_path, few):
             with fifo.open("w"):  # opens when the other side does
                 (child,) = psutil.Process().children()
                 child.send_signal(signal.SIGSEGV)
-                child.wait()
                 deaths.append(child.pid)
+                while psutil.pid_exists(child.pid):  # its parent is who may ask how it ended
+                    time.sleep(0.01)
 
     threading.Thread(target=end_what_opens_it, daemon=True).start()
     jobs = [

@@ -165,7 +165,7 @@ def _decoder(row: dict[str, Any], dali: bool) -> str:
 def _results(listed: Sequence[Listed], report: Report, out: Path, config: str) -> tuple[list[str], int]:
     """Write the bad files and the lists without them; returns the lines of the summary and how many are bad."""
     lines: list[str] = []
-    named: set[tuple[str, str]] = set()
+    named: set[int] = set()  # by hash: there may be a million
     names: set[str] = set()
     with cleaned.replacing(out / "quarantine.jsonl") as quarantine:
         for one in listed:
@@ -176,8 +176,8 @@ def _results(listed: Sequence[Listed], report: Report, out: Path, config: str) -
                 tally.add(row)
                 if row["status"] == "ok":
                     good.append(index)
-                elif (one.stream, job.path) not in named:
-                    named.add((one.stream, job.path))
+                elif (key := hash((one.stream, job.path))) not in named:
+                    named.add(key)
                     quarantine.write(json.dumps(_record(one.stream, job.path, row, index)) + "\n")
             name = next(n for n in (one.key.replace(".", "_") + end for end in _endings()) if n not in names)
             names.add(name)
