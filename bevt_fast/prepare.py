@@ -1,12 +1,14 @@
-"""Make what a run reads: a tokenizer fitted to your own data, DALL-E's weights as plain tensors, the demo's data.
+"""Make what a run reads, and check it: a tokenizer for your own data, DALL-E's weights as plain tensors, demo data.
 
 python bevt_fast/prepare.py tokenizer --data VIDEOS --data IMAGES --out data/tokenizer.safetensors
 python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors
 python bevt_fast/prepare.py moving_shapes
+python bevt_fast/prepare.py verify --config configs/joint.json
 """
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -38,7 +40,7 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes")
+    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes|verify")
 
     tokenizer = programs.add_parser("tokenizer", help="fit a tokenizer (patch_kmeans) to your own videos and images")
     tokenizer.add_argument(
@@ -69,6 +71,27 @@ def command_line() -> argparse.ArgumentParser:
     for name, meaning in SHAPES.items():
         shapes.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=meaning)
     shapes.set_defaults(run=write_moving_shapes)
+
+    verify = programs.add_parser("verify", help="open every file of the data, report on each, list those that are good")
+    verify.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="as for tokenizer; repeatable, beside --config or not",
+    )
+    verify.add_argument("--config", metavar="FILE", help="every source of this run, held-out ones too")
+    verify.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config")
+    verify.add_argument("--out", default="data/verified", metavar="DIR", help="the reports (default: %(default)s)")
+    verify.add_argument(
+        "--depth", choices=("headers", "ends", "full"), default="ends",
+        help="decode nothing but the first frame, the first, middle and last keyframe group, or all (%(default)s)",
+    )  # fmt: skip
+    verify.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="(default: every core)")
+    verify.add_argument(
+        "--timeout", type=_count, default=120, metavar="S", help="seconds a file may take (%(default)s)"
+    )
+    verify.set_defaults(run=verify_data)
     return parser
 
 
@@ -151,7 +174,18 @@ def write_moving_shapes(options: argparse.Namespace) -> None:
     print("train on it: python bevt_fast/train.py --config configs/demo.json")
 
 
-def _sources(path: Path) -> list["Source"]:
+def verify_data(options: argparse.Namespace) -> None:
+    """Check every file of the data, and write a report and lists of the good ones."""
+    from bevt_fast.config import load
+    from bevt_fast.data.verify import run
+
+    listed = run.of_config(load(options.config, options.set)) if options.config else []
+    listed += run.of_data([found for path in options.data for found in _sources(Path(path), run.ALMOST_ALL)])
+    how = run.How(options.depth, options.workers, options.timeout)
+    run.verify(listed, Path(options.out), how, options.config)
+
+
+def _sources(path: Path, may_be_missing: float = 0.5) -> list["Source"]:
     """What is at `path`: videos, images, or both. Raises DataError if it is nothing of these."""
     from bevt_fast.config import Part
     from bevt_fast.data import sources
@@ -183,7 +217,7 @@ def _sources(path: Path) -> list["Source"]:
         raise DataError(f"there is nothing at {path}; give a folder of videos or images, or a list of them")
     found = [sources.build(part) for part in parts]
     for source in found:
-        sources.preflight(source, 0.5)
+        sources.preflight(source, may_be_missing)
     return found
 
 

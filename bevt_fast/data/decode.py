@@ -11,6 +11,7 @@ import errno
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,12 +59,15 @@ class Probe(NamedTuple):
     rotation: int  # degrees anticlockwise from the stored to the shown picture
 
 
-class _Index(NamedTuple):
+class Index(NamedTuple):
     """Where the frames of one file are. `times` is None where frames can only be counted."""
 
     probe: Probe
     times: np.ndarray | None  # (frames,) presentation times, ascending
     keys: np.ndarray  # presentation times of the keyframes, ascending
+    container: str  # FFmpeg's name
+    unit: Fraction  # seconds of one unit of time
+    rate: Fraction | None  # frames a second, as the container has it
 
 
 def probe(path: str | Path, extent: tuple[int, int] = (0, -1), min_frames: int = 1) -> Probe:
@@ -143,7 +147,7 @@ def _whole(path: str | Path) -> Probe:
     if Path(path).is_dir():
         files = _image_files(Path(path))
         return probe_image(files[0])._replace(frames=len(files), codec="images")
-    return _index(path).probe
+    return index(path).probe
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -156,7 +160,8 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
-def _index(path: str | Path) -> _Index:
+def index(path: str | Path) -> Index:
+    """Where the frames of a video file are, and what is known of it without decoding. Raises BadFile."""
     with _faults(path, "unreadable"):
         status = Path(path).stat()
         # the cache must not outlive the file it describes
@@ -164,7 +169,7 @@ def _index(path: str | Path) -> _Index:
 
 
 @functools.lru_cache(maxsize=4096)  # 3 KB for a video of 10 s
-def _indexed(path: str, changed: int, size: int) -> _Index:
+def _indexed(path: str, changed: int, size: int) -> Index:
     if is_cut_short(path):
         raise BadFile("truncated", path, "the file ends before its container does")
     with _open(path) as container:
@@ -172,9 +177,8 @@ def _indexed(path: str, changed: int, size: int) -> _Index:
         times, keys, first = [], [], None
         for packet in container.demux(stream):
             if first is None:
-                with contextlib.suppress(
-                    av.FFmpegError
-                ):  # leading pictures of a cut stream; none at all is caught below
+                # leading pictures of a cut stream; none at all is caught below
+                with contextlib.suppress(av.FFmpegError):
                     first = next(iter(packet.decode()), None)
             if packet.size and not _is_hidden(packet, stream.codec_context.name):
                 times.append(packet.pts)
@@ -184,12 +188,13 @@ def _indexed(path: str, changed: int, size: int) -> _Index:
             raise BadFile("corrupt", path, "no frame can be decoded")
         trusted = _times_are_trusted(container.format.name, stream.codec_context, times)
         codec, pixel_format = stream.codec_context.name, first.format.name
+        clock = container.format.name, stream.time_base or Fraction(1), stream.average_rate
     height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
-    frames = len(times) if trusted else sum(1 for _ in _decode_all(path))
+    frames = len(times) if trusted else sum(1 for _ in decode_all(path))
     found = Probe(frames, height, width, codec, pixel_format, first.rotation % 360)
     if not trusted:
-        return _Index(found, None, np.empty(0, np.int64))
-    return _Index(found, np.sort(np.array(times, np.int64)), np.sort(np.array(keys, np.int64)))
+        return Index(found, None, np.empty(0, np.int64), *clock)
+    return Index(found, np.sort(np.array(times, np.int64)), np.sort(np.array(keys, np.int64)), *clock)
 
 
 def _is_hidden(packet: av.Packet, codec: str) -> bool:
@@ -218,13 +223,13 @@ def _open(path: str) -> "av.container.InputContainer":
 
 def _read_video(path: str | Path, wanted: list[int]) -> dict[int, np.ndarray]:
     """The frames `wanted` (ascending) of a file, by index."""
-    index = _index(path)
+    found = index(path)
     with _faults(path, "corrupt"):
-        if index.times is None:
+        if found.times is None:
             return _from_the_start(path, {k: k for k in wanted}, counted=True)
-        places = {int(index.times[k]): k for k in wanted}
+        places = {int(found.times[k]): k for k in wanted}
         with contextlib.suppress(av.FFmpegError, ValueError):
-            frames = _collect(str(path), index.keys, places)
+            frames = _collect(str(path), found.keys, places)
             if len(frames) == len(wanted):
                 return frames
         # a seek may land too late, or on a keyframe that needs more than itself: once more without seeking
@@ -235,7 +240,7 @@ def _from_the_start(path: str | Path, places: dict[int, int], counted: bool) -> 
     """The frames at `places` (presentation times, or numbers where frames are `counted`), by index. Raises BadFile."""
     rgb = VideoReformatter()
     frames: dict[int, np.ndarray] = {}
-    for number, frame in enumerate(_decode_all(str(path))):
+    for number, frame in enumerate(decode_all(str(path))):
         place = number if counted else frame.pts
         if place in places:
             frames[places[place]] = _rgb(frame, rgb)
@@ -244,7 +249,8 @@ def _from_the_start(path: str | Path, places: dict[int, int], counted: bool) -> 
     raise BadFile("corrupt", path, f"{len(frames)} of {len(places)} frames can be decoded")
 
 
-def _decode_all(path: str) -> "Iterator[av.VideoFrame]":
+def decode_all(path: str) -> "Iterator[av.VideoFrame]":
+    """Every frame of a video file, one after the other, as stored. Raises BadFile at the first that is damaged."""
     with _faults(path, "corrupt"), _open(path) as container:
         yield from container.decode(video=0)
 
