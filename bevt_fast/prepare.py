@@ -3,6 +3,7 @@
 python bevt_fast/prepare.py tokenizer --data VIDEOS --data IMAGES --out data/tokenizer.safetensors
 python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors
 python bevt_fast/prepare.py moving_shapes
+python bevt_fast/prepare.py tokens --config configs/joint.json --views 4 --out data/tokens
 """
 
 import argparse
@@ -38,7 +39,7 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes")
+    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes|tokens")
 
     tokenizer = programs.add_parser("tokenizer", help="fit a tokenizer (patch_kmeans) to your own videos and images")
     tokenizer.add_argument(
@@ -69,6 +70,16 @@ def command_line() -> argparse.ArgumentParser:
     for name, meaning in SHAPES.items():
         shapes.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=meaning)
     shapes.set_defaults(run=write_moving_shapes)
+
+    tokens = programs.add_parser("tokens", help="ask the tokenizer once, before training (data.token_cache)")
+    tokens.add_argument("--config", required=True, metavar="FILE", help="the run that the cache is for")
+    tokens.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training; repeatable")
+    tokens.add_argument("--out", required=True, metavar="DIR", help="where; the same command completes a cache there")
+    tokens.add_argument("--views", type=_count, metavar="K", help="views of each sample (default: data.views)")
+    tokens.add_argument("--device", choices=("cuda", "cpu"), help="of the tokenizer (default: cuda where there is one)")
+    tokens.add_argument("--batch", type=_count, default=32, metavar="N", help="views at a time (%(default)s)")
+    tokens.add_argument("--workers", type=int, choices=range(257), metavar="N", help="reading processes (data.workers)")
+    tokens.set_defaults(run=cache_tokens)
     return parser
 
 
@@ -149,6 +160,13 @@ def write_moving_shapes(options: argparse.Namespace) -> None:
         f"(training + test), {part.size} pixels a side; {place / 'annotations.csv'} lists them"
     )
     print("train on it: python bevt_fast/train.py --config configs/demo.json")
+
+
+def cache_tokens(options: argparse.Namespace) -> None:
+    """Make or complete the token cache of a run, and say how to use it."""
+    from bevt_fast.training import token_targets
+
+    token_targets.program(options)
 
 
 def _sources(path: Path) -> list["Source"]:
