@@ -38,7 +38,7 @@ def not_cached(output: Path) -> int:
     return rows(output)[-1]["data/not_cached"]
 
 
-def prepared(*arguments: str | Path) -> int:
+def prepared(*arguments: str | Path | int) -> int:
     return prepare.main(["tokens", *map(str, arguments)])
 
 
@@ -163,9 +163,9 @@ def test_substitutes_have_targets_of_their_own_whenever_a_file_goes_bad(tiny, tm
                 batches = next(ours), next(theirs)
                 found, expected = (hidden_targets(tokenizer, batch) for batch in batches)
                 for mine, other, ids, wanted in zip(*batches, found, expected):
+                    assert mine and other and ids is not None and wanted is not None
                     assert torch.equal(mine.pixels, other.pixels) and torch.equal(mine.mask, other.mask)
-                    times = ids.ndim - 3 and ids.shape[1] // mine.mask.shape[1]
-                    hidden = mine.mask.repeat_interleave(times, dim=1) if times else mine.mask
+                    hidden = mine.mask if ids.ndim == 3 else mine.mask.repeat_interleave(2, dim=1)
                     assert torch.equal(ids[hidden], wanted[hidden])
             assert ours.bad_files == theirs.bad_files
             return ours.not_cached
@@ -249,6 +249,7 @@ def test_another_mode_list_or_tokenizer_is_refused(tiny, cache, tmp_path):
             token_targets.open_caches(config, {"clips": source}, tokenizer)
         return str(refused.value)
 
+    assert source.frames and isinstance(tokenizer, PatchKMeans)
     uniform = replace(source, frames=source.frames._replace(mode="uniform"))
     assert 'clips.source.mode is "interval" there and "uniform" here' in refusal(uniform, tokenizer)
     assert "clips.source.min_frames is 2 there and 3 here" in refusal(replace(source, min_frames=3), tokenizer)
