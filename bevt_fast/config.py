@@ -153,6 +153,14 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0, strict=True)] = 2  # processes per stream; 0 reads in the training process
     prefetch: Positive = 2  # batches each worker holds ready
     quarantine_share: Share = 0.25  # of a stream's files; more bad files than this stops the run
+    views: Positive | None = None  # frames and crops of a pass repeat those of `views` passes before; None: never
+    token_cache: Annotated[str, Field(min_length=1)] | None = None  # a directory of `prepare.py tokens`
+
+    @model_validator(mode="after")
+    def _cached_views_repeat(self) -> "Data":
+        if self.token_cache is not None and self.views is None:
+            raise ValueError("token_cache needs the key 'views': how many views of a sample the cache was made with")
+        return self
 
 
 class Config(Section):

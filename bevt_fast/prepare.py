@@ -4,6 +4,7 @@ python bevt_fast/prepare.py tokenizer --data VIDEOS --data IMAGES --out data/tok
 python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors
 python bevt_fast/prepare.py moving_shapes
 python bevt_fast/prepare.py verify --config configs/joint.json
+python bevt_fast/prepare.py tokens --config configs/joint.json --views 4 --out data/tokens
 """
 
 import argparse
@@ -40,7 +41,7 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes|verify")
+    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes|verify|tokens")
 
     tokenizer = programs.add_parser("tokenizer", help="fit a tokenizer (patch_kmeans) to your own videos and images")
     tokenizer.add_argument(
@@ -92,6 +93,16 @@ def command_line() -> argparse.ArgumentParser:
         "--timeout", type=_count, default=120, metavar="S", help="seconds a file may take (%(default)s)"
     )
     verify.set_defaults(run=verify_data)
+
+    tokens = programs.add_parser("tokens", help="ask the tokenizer once, before training (data.token_cache)")
+    tokens.add_argument("--config", required=True, metavar="FILE", help="the run that the cache is for")
+    tokens.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training; repeatable")
+    tokens.add_argument("--out", required=True, metavar="DIR", help="where; the same command completes a cache there")
+    tokens.add_argument("--views", type=_count, metavar="K", help="views of each sample (default: data.views)")
+    tokens.add_argument("--device", choices=("cuda", "cpu"), help="of the tokenizer (default: cuda where there is one)")
+    tokens.add_argument("--batch", type=_count, default=32, metavar="N", help="views at a time (%(default)s)")
+    tokens.add_argument("--workers", type=int, choices=range(257), metavar="N", help="reading processes (data.workers)")
+    tokens.set_defaults(run=cache_tokens)
     return parser
 
 
@@ -183,6 +194,13 @@ def verify_data(options: argparse.Namespace) -> None:
     listed += run.of_data([found for path in options.data for found in _sources(Path(path), run.ALMOST_ALL)])
     how = run.How(options.depth, options.workers, options.timeout)
     run.verify(listed, Path(options.out), how, options.config)
+
+
+def cache_tokens(options: argparse.Namespace) -> None:
+    """Make or complete the token cache of a run, and say how to use it."""
+    from bevt_fast.training import token_targets
+
+    token_targets.program(options)
 
 
 def _sources(path: Path, may_be_missing: float = 0.5) -> list["Source"]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bevt_fast.data.batch import JointBatch, Losses, Targets
+from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets, send, unknown
 from bevt_fast.training.run import Run, build
 
 if TYPE_CHECKING:
@@ -40,11 +40,26 @@ if TYPE_CHECKING:
 def hidden_targets(tokenizer: "Tokenizer", batch: JointBatch) -> Targets:
     """The ids of the hidden cells of both streams; 0 where the batch hides nothing, and nobody asks."""
     images, clips = batch
-    frames = clips and clips.mask.repeat_interleave(clips.token_pixels.shape[1] // clips.mask.shape[1], dim=1)
     return Targets(
-        tokenizer(images.token_pixels, images.mask) if images else None,
-        tokenizer(clips.token_pixels, frames) if clips else None,
+        stream_targets(tokenizer, images) if images else None,
+        stream_targets(tokenizer, clips) if clips else None,
     )
+
+
+def stream_targets(tokenizer: "Tokenizer", stream: Images | Clips) -> torch.Tensor:
+    """The ids of one stream: the tokenizer's, or those of a token cache and the tokenizer's where it has none."""
+    hidden = stream.mask
+    if isinstance(stream, Clips):
+        hidden = hidden.repeat_interleave(stream.token_pixels.shape[1] // hidden.shape[1], dim=1)
+    if stream.known is None:
+        return tokenizer(stream.token_pixels, hidden)
+    device, missing = stream.pixels.device, unknown(stream.known)
+    ids = send(stream.known, device)
+    if not len(missing):
+        return ids
+    # with a cache the tokenizer waits on the CPU until it is asked
+    asked = tokenizer.to(device)(stream.token_pixels, hidden[missing])
+    return ids.index_copy(0, send(missing, device), asked)
 
 
 def joint_step(

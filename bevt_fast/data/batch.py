@@ -22,6 +22,7 @@ class Images(NamedTuple):
     pixels: Float[Tensor, "B 3 H W"]  # normalised: what the encoder sees
     token_pixels: Float[Tensor, "B 3 half_H half_W"]  # in [0.1, 0.9]: what the tokenizer sees, 8 pixels a cell
     mask: Bool[Tensor, "B g g"]
+    known: Int64[Tensor, "B g g"] | None = None  # of a token cache, on the CPU: see `unknown`
 
 
 class Clips(NamedTuple):
@@ -30,6 +31,7 @@ class Clips(NamedTuple):
     pixels: Float[Tensor, "B 3 T H W"]
     token_pixels: Float[Tensor, "B T 3 half_H half_W"]
     mask: Bool[Tensor, "B t g g"]
+    known: Int64[Tensor, "B T g g"] | None = None
 
 
 class JointBatch(NamedTuple):
@@ -54,6 +56,13 @@ class Losses(NamedTuple):
     clip: Float[Tensor, ""]
     image_accuracy: Float[Tensor, ""]
     clip_accuracy: Float[Tensor, ""]
+
+
+def unknown(known: Int64[Tensor, "B ..."]) -> Int64[Tensor, " n"]:
+    """The samples of a batch whose ids a token cache does not have: -1 in every cell. Where there is a cache, token
+    pixels are of these samples alone, in this order.
+    """
+    return (known.flatten(1)[:, 0] < 0).nonzero().flatten()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

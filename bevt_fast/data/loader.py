@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 
 from bevt_fast.config import Config, Data
 from bevt_fast.data import pipeline_reference
-from bevt_fast.data.batch import Clips, Images, JointBatch
+from bevt_fast.data.batch import Clips, Images, JointBatch, send, unknown
 from bevt_fast.data.reader import StreamReader
 from bevt_fast.data.sources import Source
+from bevt_fast.data.token_cache import TokenCache
 from bevt_fast.errors import DataError, UserError
 
 MAX_RESTARTS = 3  # of a stream's worker pool (NEEDS F08)
@@ -47,7 +48,9 @@ class Loader:
         device: str | torch.device = "cpu",
         first_step: int = 0,
         heldout: bool = False,
+        caches: Mapping[str, TokenCache] | None = None,
     ):
+        self.not_cached = 0  # samples whose targets the caches did not have
         self.waited = 0.0  # seconds spent waiting for data; the reader sets it back to 0
         self.device = torch.device(device)
         self._records: list[dict[str, Any]] = []
@@ -59,6 +62,7 @@ class Loader:
             if not len(source):
                 raise DataError(f"{name}: the source {source.name!r} has no files")
             reader = StreamReader(config, name, source, rank=rank, world_size=world_size, heldout=heldout)
+            reader.take_targets_from((caches or {}).get(name))
             first = first_step * reader.accumulation
             self._feeds[name] = _Feed(reader, first, config.data, pin=self.device.type == "cuda")
 
@@ -93,14 +97,24 @@ class Loader:
             feed.close()
 
     def _images(self, item: dict[str, Any]) -> Images:
-        pixels, token_pixels = (item[k].to(self.device, non_blocking=True) for k in ("pixels", "token_pixels"))
+        pixels = item["pixels"].to(self.device, non_blocking=True)
         normalised = pipeline_reference.normalise(pixels).contiguous()
-        return Images(normalised, pipeline_reference.map_pixels(token_pixels).contiguous(), item["mask"])
+        return Images(normalised, self._token_pixels(item, pixels), item["mask"], item.get("known"))
 
     def _clips(self, item: dict[str, Any]) -> Clips:
-        pixels, token_pixels = (item[k].to(self.device, non_blocking=True) for k in ("pixels", "token_pixels"))
+        pixels = item["pixels"].to(self.device, non_blocking=True)
         normalised = pipeline_reference.normalise(pixels).transpose(1, 2).contiguous()  # (B, 3, T, H, W)
-        return Clips(normalised, pipeline_reference.map_pixels(token_pixels).contiguous(), item["mask"])
+        return Clips(normalised, self._token_pixels(item, pixels), item["mask"], item.get("known"))
+
+    def _token_pixels(self, item: dict[str, Any], pixels: torch.Tensor) -> torch.Tensor:
+        """Of every sample, or of those alone that a token cache does not know."""
+        if (known := item.get("known")) is None:
+            token_pixels = item["token_pixels"].to(self.device, non_blocking=True)
+        else:
+            missing = unknown(known)
+            self.not_cached += len(missing)
+            token_pixels = pipeline_reference.half_token_view(pixels[send(missing, self.device)])
+        return pipeline_reference.map_pixels(token_pixels).contiguous()
 
 
 class _Feed:

@@ -63,6 +63,7 @@ class DaliViews:
         """`in_graph`: whether DALI rescales, jitters, crops and flips too; None: on a GPU."""
         self.kind: Literal["clips", "images"] = kind
         self.size, self.batch, self.order = size, batch, order
+        self.token_size = size // 2  # 0: no token views are wanted
         self.device: Literal["cpu", "gpu"] = device
         self.in_graph = device == "gpu" if in_graph is None else in_graph
         self._pipeline: Any = None
@@ -87,7 +88,7 @@ class DaliViews:
         return [np.array(output.as_cpu().at(i)) for i in range(len(jobs))]
 
     def _views(self, picture: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
-        half = self.size // 2
+        half = self.token_size
         if self.kind == "images":
             return (
                 (picture, token_view(picture, half)) if self.in_graph else image_views(picture, crop, half, self.order)

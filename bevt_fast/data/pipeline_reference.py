@@ -57,7 +57,12 @@ def jitter(picture: np.ndarray, factors: tuple[float, float, float], order: tupl
 
 
 def token_view(picture: np.ndarray, token_size: int) -> np.ndarray:
-    """The tokenizer's copy of a crop (S, S, 3): OpenCV's Lanczos, without antialiasing, uint8 to uint8 (SPEC 3.2)."""
+    """The tokenizer's copy of a crop (S, S, 3): OpenCV's Lanczos, without antialiasing, uint8 to uint8 (SPEC 3.2).
+
+    Of size 0 it is empty: nobody asks for it.
+    """
+    if token_size == 0:
+        return picture[:0, :0]
     return cv2.resize(picture, (token_size, token_size), interpolation=cv2.INTER_LANCZOS4)
 
 

@@ -7,7 +7,7 @@ key, and a record of it travels with the batch.
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
 from bevt_fast.data.sources import Source
 from bevt_fast.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from bevt_fast.data.token_cache import TokenCache
 
 CELL = 16  # pixels on the side of a mask cell (SPEC 2.1: 14 cells of 224 pixels)
 MAX_SUBSTITUTES = 50  # bad files in a row before the data is called unusable
@@ -42,8 +45,9 @@ class Sample(NamedTuple):
     """One sample as the training process gets it: uint8 pictures, channels last, and the bool mask."""
 
     pixels: np.ndarray  # ([T,] S, S, 3)
-    token_pixels: np.ndarray  # ([T,] S/2, S/2, 3)
+    token_pixels: np.ndarray  # ([T,] S/2, S/2, 3); without pixels where a cache has the targets
     mask: np.ndarray
+    file: int  # what it was read from: the index of the sample itself, or of its substitute
 
 
 def draw(config: Config, stream: str, source: Source, epoch: int, index: int, heldout: bool = False) -> Draw:
@@ -58,7 +62,8 @@ class StreamReader(Dataset):
     """One stream of one process, by number of the micro-batch: `reader[i]` is the i-th since the start of the run.
 
     An item is a dict of pixels (B, [T,] S, S, 3) and token_pixels (B, [T,] s, s, 3) uint8, mask bool, and `bad`: a list
-    of records. An error meant for the user is returned, not raised: so it reaches the training process as it is.
+    of records. After `take_targets_from` it has `known` instead of token_pixels: ids, int64. An error meant for the
+    user is returned, not raised: so it reaches the training process as it is.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class StreamReader(Dataset):
         self.key, self.seed = stream, config.seed
         if heldout:
             self.key, self.seed, self.view = f"heldout {stream}", HELDOUT_SEED, _plain(section.view)
+        self.views = None if heldout else config.data.views
         self.masking = masking.build(section.mask)
         self.order = sampling.jitter_order(self.seed)
         self.accumulation = accumulation(config, world_size)
@@ -79,7 +85,15 @@ class StreamReader(Dataset):
             pipeline.require()
             kind = "images" if source.frames is None else "clips"
             self.dali = DaliViews(kind, self.view.size, section.micro_batch, self.order)
+        self.cache: "TokenCache | None" = None
+        self.token_size = self.view.size // 2
         self._bad: dict[int, BadFile] = {}  # files this process knows to be bad, by index
+
+    def take_targets_from(self, cache: "TokenCache | None") -> None:
+        """Items have the ids of `cache` from now on, and no token pixels."""
+        self.cache, self.token_size = cache, 0 if cache else self.view.size // 2
+        if self.dali is not None:
+            self.dali.token_size = self.token_size
 
     def __getitem__(self, number: int) -> "dict[str, Any] | UserError":
         step, micro = divmod(number, self.accumulation)
@@ -88,10 +102,12 @@ class StreamReader(Dataset):
         bad: list[dict[str, Any]] = []
         try:
             samples = self.read(places, bad)
+            known = self._known(places, samples)
         except UserError as error:
             return error
-        pixels, token_pixels, masks = (torch.from_numpy(np.stack(column)) for column in zip(*samples))
-        return {"pixels": pixels, "token_pixels": token_pixels, "mask": masks, "bad": bad}
+        names = ("pixels", "mask", "token_pixels") if known is None else ("pixels", "mask")
+        item = {name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in names}
+        return item | {"bad": bad} | ({} if known is None else {"known": known})
 
     def read(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> list[Sample]:
         """The samples at `places`, or their substitutes; adds to `bad` a record of each bad file."""
@@ -107,7 +123,7 @@ class StreamReader(Dataset):
                     samples[k] = outcome
                     continue
                 epoch, index = places[k]
-                other = sampling.substitute(self.seed, self.key, epoch, index, attempt, n)
+                other = sampling.substitute(self.seed, self.key, self._view(epoch), index, attempt, n)
                 bad.append(self.record(outcome, epoch, files[k], other))
                 files[k] = other
         error = DataError(
@@ -120,7 +136,7 @@ class StreamReader(Dataset):
     def draw(self, epoch: int, index: int, file: int) -> Draw:
         """The draw of slot `index` in pass `epoch`, to be read from `file`: `index` itself, or its substitute."""
         found = self._probed(file)
-        rng = sampling.random_for(self.seed, self.key, epoch, index, "view")
+        rng = sampling.random_for(self.seed, self.key, self._view(epoch), index, "view")
         frames, steps = None, None
         if self.source.frames is not None:
             frames = sampling.clip_frames(found.frames, self.source.frames, rng)
@@ -129,6 +145,19 @@ class StreamReader(Dataset):
         grid = (self.view.size // CELL, self.view.size // CELL)
         mask = self.masking(grid, steps, sampling.random_for(self.seed, self.key, epoch, index, "mask"))
         return Draw(epoch, index, frames, crop, mask)
+
+    def _view(self, epoch: int) -> int:
+        """What stands for the pass in the keys of all that decides the pixels of a sample: masks and order differ in
+        every pass.
+        """
+        return epoch % self.views if self.views else epoch
+
+    def _known(self, places: Sequence[Place], samples: Sequence[Sample]) -> torch.Tensor | None:
+        """The ids the cache has, if there is a cache. Raises DataError for a damaged one."""
+        if self.cache is None:
+            return None
+        pairs = zip(places, samples)
+        return torch.from_numpy(np.stack([self.cache.ids(*place, s.file, s.pixels) for place, s in pairs]))
 
     def _outcomes(self, slots: Sequence[tuple[Place, int]]) -> list[Sample | BadFile]:
         """For each slot, to be read from a file: its sample, or what is wrong with the file."""
@@ -147,7 +176,7 @@ class StreamReader(Dataset):
             if view is None or isinstance(view, BadFile):
                 # DALI decodes from the file's beginning, so damage before the clip ends it: PyAV has the last word
                 view = _or_bad(self._views, drawn, file)
-            outcomes.append(view if isinstance(view, BadFile) else Sample(*view, drawn.mask))
+            outcomes.append(view if isinstance(view, BadFile) else Sample(*view, drawn.mask, file))
         return outcomes
 
     def _job(self, drawn: Draw, file: int) -> Job:
@@ -157,7 +186,7 @@ class StreamReader(Dataset):
 
     def _views(self, drawn: Draw, file: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels and token pixels of a draw, read from `file` without DALI."""
-        path, token_size, wanted = self.source.path(file), self.view.size // 2, drawn.frames
+        path, token_size, wanted = self.source.path(file), self.token_size, drawn.frames
         if wanted is None:
             image = self._remembering(file, lambda: decode.read_image(path))
             return pipeline_reference.image_views(image, drawn.crop, token_size, self.order)

@@ -82,7 +82,9 @@ def open_tokenizer(config: Config, data: dict[str, Source], world: World) -> Tok
             failure = error
     if distributed.agree(int(failure is not None), world.device):
         raise failure or DataError("the first process could not fit the tokenizer; it says why")
-    return tokenizers.build(config.tokenizer).to(world.device)
+    tokenizer = tokenizers.build(config.tokenizer)
+    # where there is a cache it may never be asked
+    return tokenizer if config.data.token_cache else tokenizer.to(world.device)
 
 
 def open_engine(

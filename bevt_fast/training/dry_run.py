@@ -9,9 +9,10 @@ from bevt_fast import tokenizers
 from bevt_fast.config import Config, accumulation
 from bevt_fast.data import loader
 from bevt_fast.data.batch import JointBatch
+from bevt_fast.data.sources import Source
 from bevt_fast.errors import UserError
 from bevt_fast.models.video_swin import VideoSwinConfig
-from bevt_fast.training import distributed, estimate
+from bevt_fast.training import distributed, estimate, token_targets
 from bevt_fast.training.assemble import build_objective, check_parts, initial_weights, open_heldout, open_sources
 from bevt_fast.training.estimate import StreamShape
 
@@ -37,7 +38,7 @@ def describe(config: Config) -> Iterator[str]:
     finally:
         batches.close()
     yield "\n".join(["first micro-batch:", *first_batch(batch), *bad])
-    yield tokens(config, batch)
+    yield tokens(config, batch, data)
     if config.model.weights:
         model = build_objective(config, estimate.codebook_size(config), initialise=False).model
         yield initial_weights(model, config.model.weights)
@@ -107,7 +108,7 @@ def _memory_lines(config: Config, streams: Sequence[StreamShape], count: int, wo
     kept, plain = (_activations(config, streams, fused) for fused in (True, False))
     rows[f"activations of a micro-batch{' (checkpointed)' * config.model.activation_checkpointing}"] = kept
     frozen = estimate.tokenizer_parameters(config.tokenizer.name, estimate.codebook_size(config))
-    rows["tokenizer"] = 4 * (frozen or 0)
+    rows["tokenizer"] = 0 if config.data.token_cache else 4 * (frozen or 0)
     rows["sum"] = sum(rows.values())
     lines = [
         f"memory of a process: {precision}, ZeRO {stage}, {world_size} process{'es' * (world_size > 1)}; an estimate"
@@ -139,6 +140,8 @@ def first_batch(batch: JointBatch) -> list[str]:
     lines = []
     for name, stream in batch._asdict().items():
         for field, tensor in stream._asdict().items() if stream else ():
+            if tensor is None:
+                continue
             values = (
                 f"hidden {tensor.float().mean():.1%}"
                 if field == "mask"
@@ -150,8 +153,10 @@ def first_batch(batch: JointBatch) -> list[str]:
     return lines
 
 
-def tokens(config: Config, batch: JointBatch) -> str:
-    """What the tokenizer calls the first micro-batch, where its weights are already there."""
+def tokens(config: Config, batch: JointBatch, data: dict[str, Source]) -> str:
+    """What the tokenizer calls the first micro-batch, where its weights are already there; and whether the token cache
+    can be used. Raises DataError where it cannot.
+    """
     try:
         tokenizer = tokenizers.build(config.tokenizer)
     except UserError as error:
@@ -161,4 +166,9 @@ def tokens(config: Config, batch: JointBatch) -> str:
     sample = next(stream.token_pixels[:1] for stream in batch if stream)
     ids = tokenizer(sample)
     used = ids.unique().numel()
-    return f"tokenizer {config.tokenizer.name}: {tokenizer.vocab_size} ids; {used} of them in the first sample"
+    cached = [
+        f"token cache {cache.path}: {cache.views} views of each of {len(data[name]):,} {name}, whole, made for this run"
+        for name, cache in token_targets.open_caches(config, data, tokenizer).items()
+    ]
+    first = f"tokenizer {config.tokenizer.name}: {tokenizer.vocab_size} ids; {used} of them in the first sample"
+    return "\n".join([first, *cached])

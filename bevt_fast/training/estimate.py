@@ -38,6 +38,7 @@ class StreamShape(NamedTuple):
     side: int  # pixels
     hidden: float  # of the cells: what is predicted
     tokenized: float = 1.0  # of the frames: those with a hidden cell
+    cached: bool = False  # the tokenizer has been asked before
 
     @property
     def cells(self) -> int:
@@ -47,7 +48,7 @@ class StreamShape(NamedTuple):
     @property
     def all_hidden(self) -> "StreamShape":
         """The stream whose necessary work is the nominal one."""
-        return self._replace(hidden=1.0, tokenized=1.0)
+        return self._replace(hidden=1.0, tokenized=1.0, cached=False)
 
 
 def grids(shape: VideoSwinConfig, stream: StreamShape) -> list[Triple]:
@@ -111,6 +112,8 @@ def tokenizer_flops(name: str, vocab_size: int, stream: StreamShape) -> float | 
     layers = _tokenizer_layers(name, vocab_size)
     if layers is None:
         return None
+    if stream.cached:
+        return 0.0
     side = stream.side // 2
     *body, last = (2 * (side // step) ** 2 * inputs * outputs * kernel**2 for inputs, outputs, kernel, step in layers)
     return stream.frames * (stream.tokenized * sum(body) + stream.hidden * last)
@@ -263,7 +266,7 @@ def stream_shapes(config: Config) -> list[StreamShape]:
             steps = frames // 2
         draw, grid = masking.build(stream.mask), (side // CELL, side // CELL)
         shares = mean_shares(draw(grid, steps, random.Random(number)) for number in range(MASKS))
-        shapes.append(StreamShape(name, frames, side, *shares))
+        shapes.append(StreamShape(name, frames, side, *shares, cached=config.data.token_cache is not None))
     return shapes
 
 

@@ -35,6 +35,7 @@ from bevt_fast.training.estimate import step_flops
 from bevt_fast.training.metrics import Metrics
 from bevt_fast.training.output import find_checkpoint, prepare_output
 from bevt_fast.training.quarantine import Quarantine
+from bevt_fast.training.token_targets import open_caches
 
 log = logging.getLogger("bevt_fast")
 
@@ -51,6 +52,7 @@ class Run:
         self._lock = prepare_output(self.output, resume, world)
         found = find_checkpoint(self.output, resume, world)
         self.tokenizer = open_tokenizer(config, self.sources, world)
+        caches = open_caches(config, self.sources, self.tokenizer)
 
         steps_per_epoch = self.steps_per_epoch()
         lengths = schedule.lengths(config.optim, config.train.epochs, config.train.steps, steps_per_epoch)
@@ -63,7 +65,7 @@ class Run:
             )
         self.skipped = found.trainer["skipped"] if found else 0
         self.bad_in_a_row = found.trainer["bad_in_a_row"] if found else 0
-        self._failed_saves = self._restarts = 0
+        self._failed_saves = self._restarts = self._not_cached = 0
         self._saved_step = self.first_step if found else -1
 
         self._fingerprints = {
@@ -86,6 +88,7 @@ class Run:
             world_size=world.size,
             device=world.device,
             first_step=self.first_step,
+            caches=caches,
         )
         self.flops = step_flops(config)
         self.metrics = Metrics(
@@ -178,6 +181,10 @@ class Run:
             "data/quarantined": len(self.quarantine),
             "data/worker_restarts": self._restarts,
         }
+        if self.config.data.token_cache:
+            if self.batches.not_cached and not self._not_cached:
+                log.warning("samples that are not as the token cache saw them are tokenized now (data/not_cached)")
+            values["data/not_cached"] = self._not_cached = self.batches.not_cached
         self.metrics.log(step, values, waited=self.batches.waited)
         self.batches.waited = 0.0
 
@@ -250,6 +257,7 @@ class Run:
                 f"the last checkpoint could not be written under {self.output}; make room, and --resume auto trains "
                 "the steps since the one before again"
             )
+        self.tokenizer = self.tokenizer.to(self.world.device)  # a token cache has only training samples
         finish(self)
 
     def close(self) -> None:

@@ -86,18 +86,19 @@ def batches(given, data, count, **where):
 
 
 def same(one, other):
-    return all(torch.equal(a, b) for left, right in zip(one, other) for a, b in zip(left, right))
+    return all(torch.equal(a, b) for left, right in zip(one, other) for a, b in zip(left[:3], right[:3]))
 
 
 def test_a_batch_has_the_shapes_and_ranges_of_its_type(folder):
     (batch,) = batches(config(), sources(folder), 1)
     assert batch.clips is not None and batch.images is not None
-    assert [tuple(part.shape) for part in batch.clips] == [(2, 3, 8, 64, 64), (2, 8, 3, 32, 32), (2, 4, 4, 4)]
-    assert [tuple(part.shape) for part in batch.images] == [(4, 3, 64, 64), (4, 3, 32, 32), (4, 4, 4)]
+    assert [tuple(part.shape) for part in batch.clips[:3]] == [(2, 3, 8, 64, 64), (2, 8, 3, 32, 32), (2, 4, 4, 4)]
+    assert [tuple(part.shape) for part in batch.images[:3]] == [(4, 3, 64, 64), (4, 3, 32, 32), (4, 4, 4)]
     for part in (batch.clips, batch.images):
-        assert [tensor.dtype for tensor in part] == [torch.float32, torch.float32, torch.bool]
+        assert part.known is None  # there is no token cache
+        assert [tensor.dtype for tensor in part[:3]] == [torch.float32, torch.float32, torch.bool]
         assert part.token_pixels.min() >= 0.1 and part.token_pixels.max() <= 0.9
-        assert all(tensor.is_contiguous() for tensor in part)
+        assert all(tensor.is_contiguous() for tensor in part[:3])
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "dali"])
@@ -121,7 +122,9 @@ def test_the_number_of_processes_changes_no_sample_and_no_order(folder):
     whole = batches(config(micro_batch=4), sources(folder), steps)
     for step, batch in enumerate(whole):
         first, second = alone[2 * step], alone[2 * step + 1]
-        joined = [[torch.cat(pair) for pair in zip(getattr(first, s), getattr(second, s))] for s in first._fields]
+        joined = [
+            [torch.cat(pair) for pair in zip(getattr(first, s)[:3], getattr(second, s)[:3])] for s in first._fields
+        ]
         assert same(batch, joined)
 
 

@@ -97,7 +97,8 @@ def test_micro_batches_with_a_count_average_to_the_mean_over_all_hidden_position
     counts = (whole.images.mask.sum() / 2, whole.clips.mask.sum())  # over 2 micro-batches; a tubelet is 2 frames
     parts = []
     for one in (slice(0, 1), slice(1, 2)):
-        batch = JointBatch(Images(*(part[one] for part in whole.images)), Clips(*(part[one] for part in whole.clips)))
+        images, clips = ([part[one] for part in stream[:3]] for stream in (whole.images, whole.clips))
+        batch = JointBatch(Images(*images), Clips(*clips))
         parts.append(objective(batch, Targets(targets.images[one], targets.clips[one]), counts))
     assert whole.clips.mask[0].sum() != whole.clips.mask[1].sum()
     for name in ("total", "image", "clip"):

@@ -282,6 +282,20 @@ def test_the_report_says_shapes_parameters_flops_and_memory(joint: configuration
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
+def test_what_a_token_cache_answers_is_no_necessary_work(joint: configuration.Config) -> None:
+    cached = joint.model_copy(update={"data": joint.data.model_copy(update={"views": 4, "token_cache": "ids"})})
+    plain, ours = estimate.step_flops(joint), estimate.step_flops(cached)
+    asked = sum(
+        joint.streams[stream.name].batch * (estimate.tokenizer_flops("dalle", 8192, stream) or 0)
+        for stream in estimate.stream_shapes(joint)
+    )
+    assert asked > 0.1 * plain.necessary
+    assert ours.necessary == pytest.approx(plain.necessary - asked, rel=1e-12)
+    assert ours.nominal == plain.nominal
+    for stream in estimate.stream_shapes(cached):
+        assert estimate.tokenizer_flops("another", 8192, stream) is None
+
+
 def test_a_tokenizer_of_unknown_layers_is_said_not_to_count() -> None:
     cost = estimate.costs(BASE, IMAGE, "another", 8192)
     assert cost.tokenizer is None
