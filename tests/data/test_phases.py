@@ -1,4 +1,4 @@
-"""The phase-split layout: its arithmetic beside brute force, its comment beside liars, its files beside ordinary ones."""
+"""The phase-split layout: its arithmetic beside brute force, false claims, and its files beside ordinary ones."""
 
 import importlib.util
 import json
