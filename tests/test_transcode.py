@@ -408,3 +408,10 @@ def test_sound_is_left_out_and_a_moving_shapes_folder_is_taken(tmp_path, capsys)
     coding.write(Task(str(both), str(tmp_path / "quiet.mp4")), SMALL)
     with av.open(str(tmp_path / "quiet.mp4")) as container:
         assert [stream.type for stream in container.streams] == ["video"]
+
+
+def test_help_says_what_players_show(capsys):
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["transcode", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "A plain player shows the phases one after another" in said

@@ -41,8 +41,11 @@ class Coding(NamedTuple):
 
 
 CODINGS = {
-    # without CABAC and deblocking: a fifth larger, and a CPU decodes a clip in two thirds of the time
-    "h264": Coding("libx264", "mp4", {"sc_threshold": "0", "forced-idr": "1", "bf": "0", "tune": "fastdecode"}),
+    # without CABAC and deblocking: a quarter larger, and a CPU decodes a clip in two thirds of the time; without what
+    # x264 adds for the eye: an eighth smaller at the same PSNR
+    "h264": Coding(
+        "libx264", "mp4", {"sc_threshold": "0", "forced-idr": "1", "bf": "0", "tune": "fastdecode", "psy": "0"}
+    ),
     "vp9": Coding(
         "libvpx-vp9", "webm", {"deadline": "good", "cpu-used": "2", "lag-in-frames": "0", "auto-alt-ref": "0", "b": "0"}
     ),
