@@ -5,6 +5,7 @@ python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors
 python bevt_fast/prepare.py moving_shapes
 python bevt_fast/prepare.py verify --config configs/joint.json
 python bevt_fast/prepare.py tokens --config configs/joint.json --views 4 --out data/tokens
+python bevt_fast/prepare.py transcode --data VIDEOS --out VIDEOS_256
 """
 
 import argparse
@@ -30,6 +31,15 @@ SHAPES = {
     "clips": "training clips", "images": "training images", "test_clips": "test clips", "test_images": "test images",
     "size": "pixels a side", "length": "frames a clip", "objects": "objects a scene", "seed": "",
 }  # fmt: skip
+TRANSCODE = """Write videos once more, smaller and with the frames of a clip side by side: 0, 8, 16, ..., then 1, 9, ...
+A clip of that stride is decoded from a tenth of the frames; training sees the same numbers of frames as before, and any
+other stride works too. A plain player shows the phases one after another; --layout plain keeps the ordinary order."""
+TRANSCODE_NUMBERS = (
+    ("short-side", 256, "pixels of the shorter side at most; nothing is enlarged"),
+    ("stride", 8, "frames from one of a clip to the next, as the source's `stride`"),
+    ("gop", 4, "frames from keyframe to keyframe"),
+    ("crf", 18, "quality on the codec's own scale, less is better"),
+)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -41,7 +51,7 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes|verify|tokens")
+    programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes|verify|transcode|tokens")
 
     tokenizer = programs.add_parser("tokenizer", help="fit a tokenizer (patch_kmeans) to your own videos and images")
     tokenizer.add_argument(
@@ -103,6 +113,21 @@ def command_line() -> argparse.ArgumentParser:
     tokens.add_argument("--batch", type=_count, default=32, metavar="N", help="views at a time (%(default)s)")
     tokens.add_argument("--workers", type=int, choices=range(257), metavar="N", help="reading processes (data.workers)")
     tokens.set_defaults(run=cache_tokens)
+
+    transcode = programs.add_parser(
+        "transcode", help="write videos once more, so that a clip is decoded from few frames", description=TRANSCODE
+    )
+    transcode.add_argument(
+        "--data", required=True, metavar="PATH", help="videos: a folder, list or moving_shapes folder"
+    )
+    transcode.add_argument("--out", required=True, metavar="DIR", help="where; a finished file is kept if run again")
+    for name, default, meaning in TRANSCODE_NUMBERS:
+        transcode.add_argument(f"--{name}", type=_count, default=default, help=f"{meaning} (%(default)s)")
+    transcode.add_argument("--codec", choices=("h264", "vp9", "hevc", "mjpeg"), default="h264", help="(%(default)s)")
+    transcode.add_argument("--layout", choices=("phases", "plain"), default="phases", help="order of the frames")
+    transcode.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
+    transcode.add_argument("--no-check", dest="check", action="store_false", help="do not compare with the source")
+    transcode.set_defaults(run=transcode_videos)
     return parser
 
 
@@ -201,6 +226,15 @@ def cache_tokens(options: argparse.Namespace) -> None:
     from bevt_fast.training import token_targets
 
     token_targets.program(options)
+
+
+def transcode_videos(options: argparse.Namespace) -> None:
+    """Write the videos of --data once more, and say how to train on them."""
+    from bevt_fast.data import coding, transcode
+
+    sizes = {name: getattr(options, name) for name in ("short_side", "gop", "crf", "codec")}
+    recipe = coding.Recipe(stride=options.stride if options.layout == "phases" else 1, **sizes)
+    transcode.program(_sources(Path(options.data)), options, recipe)
 
 
 def _sources(path: Path, may_be_missing: float = 0.5) -> list["Source"]:

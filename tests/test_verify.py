@@ -447,6 +447,8 @@ def test_stopped_anywhere_and_gone_on_with(few, capsys, number):
     os.mkfifo(data / "f" / "1.jpg")
     (data / "list.txt").write_text("a.webm\nb.webm\nf\nc.webm\n")
     command = [sys.executable, PREPARE, "verify", "--data", data / "list.txt", "--out", out, "--workers", "1"]
+    # a shell without job control starts what it puts in the background deaf to Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     with (data / "f" / "1.jpg").open("w"):  # opens when the third file is being read
         children = psutil.Process(started.pid).children()

@@ -1,9 +1,14 @@
-"""How long a video file says it is: FFmpeg reads a file that was cut off as a shorter video, its headers tell."""
+"""What a video file says of itself, and what of it to believe.
+
+FFmpeg reads a file that was cut off as a shorter video; the sizes in its headers tell.
+"""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import av
 
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska / WebM
 
@@ -22,6 +27,19 @@ def is_cut_short(path: str | Path) -> bool:
         if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
             return any(kind in (b"moov", b"mdat", b"moof") and end > size for kind, end in _boxes(file, size))
     return False
+
+
+def is_hidden(packet: av.Packet, codec: str) -> bool:
+    """Whether a packet is only there to be decoded: outside the edit list, or a hidden frame of VP8 (RFC 6386, 9.1)."""
+    return packet.is_discard or (codec == "vp8" and not bytes(packet)[0] >> 4 & 1)
+
+
+def times_are_trusted(container: str, codec: "av.VideoCodecContext", times: list[int | None]) -> bool:
+    """False where the packets' times do not say the order of presentation."""
+    if None in times or len(set(times)) < len(times):
+        return False
+    # avi stores no presentation times; FFmpeg's guess holds only where decoding order is presentation order
+    return container != "avi" or not codec.has_b_frames
 
 
 def _boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:

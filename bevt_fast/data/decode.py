@@ -3,7 +3,8 @@
 Frame k of a video is the k-th frame a player would show: the k-th smallest presentation time among the packets that
 are shown. One pass over the packets finds these times and the keyframes without decoding, so reading a clip seeks to
 the keyframe before each frame it needs and decodes forward from there. Where a file has no trustworthy times, its
-frames are counted as the decoder puts them out. Whatever is wrong with a file ends as a BadFile: the run goes on.
+frames are counted as the decoder puts them out. A phase-split file (`phases.py`) stores its frames in another order;
+callers number them as the video shows them. Whatever is wrong with a file ends as a BadFile: the run goes on.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
-from bevt_fast.data.containers import is_cut_short
+from bevt_fast.data import phases
+from bevt_fast.data.containers import is_cut_short, is_hidden, times_are_trusted
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg's remarks on damaged files; what matters arrives as BadFile
 
@@ -32,6 +34,7 @@ CONVERSION = (
     Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 )
 KINDS = ("missing", "empty", "unreadable", "no_video", "truncated", "too_short", "corrupt", "io")
+READ_TOGETHER = 64  # frames of a phase-split file that `each_frame` reads at once: 8 neighbours of each of 8 phases
 # reading again may help with these, and with no other fault
 PASSING_FAULTS = {"io"}
 PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
@@ -57,6 +60,8 @@ class Probe(NamedTuple):
     codec: str  # FFmpeg's name; "images" for a folder of images
     pixel_format: str
     rotation: int  # degrees anticlockwise from the stored to the shown picture
+    rate: Fraction | None = None  # frames a second, on average, where the file says so
+    layout: phases.Layout | None = None  # of the whole file, where its frames are not in the ordinary order
 
 
 class Index(NamedTuple):
@@ -67,7 +72,6 @@ class Index(NamedTuple):
     keys: np.ndarray  # presentation times of the keyframes, ascending
     container: str  # FFmpeg's name
     unit: Fraction  # seconds of one unit of time
-    rate: Fraction | None  # frames a second, as the container has it
 
 
 def probe(path: str | Path, extent: tuple[int, int] = (0, -1), min_frames: int = 1) -> Probe:
@@ -91,10 +95,11 @@ def read_frames(path: str | Path, indices: Sequence[int], extent: tuple[int, int
     RGB, rotated as the file's display matrix says. Raises BadFile where one of the frames cannot be decoded, and
     IndexError for an index outside [0, probe(path, extent).frames).
     """
-    frames = probe(path, extent).frames
-    if not all(0 <= i < frames for i in indices):
-        raise IndexError(f"{path}: frames {min(indices)} to {max(indices)} asked of {frames}")
-    wanted = sorted({extent[0] + i for i in indices})
+    found = probe(path, extent)
+    if not all(0 <= i < found.frames for i in indices):
+        raise IndexError(f"{path}: frames {min(indices)} to {max(indices)} asked of {found.frames}")
+    places = phases.stored([extent[0] + i for i in indices], found.layout)
+    wanted = sorted(set(places))
     if Path(path).is_dir():
         files = _image_files(Path(path))
         pictures = {i: read_image(files[i]) for i in wanted}
@@ -102,7 +107,24 @@ def read_frames(path: str | Path, indices: Sequence[int], extent: tuple[int, int
         pictures = _read_video(path, wanted)
     if len({picture.shape for picture in pictures.values()}) > 1:
         raise BadFile("corrupt", path, "the picture changes its size within the clip")
-    return np.stack([pictures[extent[0] + i] for i in indices])
+    return np.stack([pictures[place] for place in places])
+
+
+def each_frame(path: str | Path) -> Iterator[np.ndarray]:
+    """Every frame of a video in order, as `read_frames` has them, (H, W, 3) uint8, in one pass. Raises BadFile."""
+    found = _whole(path)
+    if found.layout is not None or Path(path).is_dir():
+        for first in range(0, found.frames, READ_TOGETHER):
+            yield from read_frames(path, range(first, min(first + READ_TOGETHER, found.frames)))
+        return
+    times, rgb, number = index(path).times, VideoReformatter(), 0
+    with _faults(path, "corrupt"):
+        for frame in decode_all(str(path)):
+            if times is None or (number < len(times) and frame.pts == times[number]):
+                yield _rgb(frame, rgb)
+                number += 1
+    if number < found.frames:
+        raise BadFile("corrupt", path, f"{number} of {found.frames} frames can be decoded")
 
 
 def probe_image(path: str | Path) -> Probe:
@@ -180,34 +202,26 @@ def _indexed(path: str, changed: int, size: int) -> Index:
                 # leading pictures of a cut stream; none at all is caught below
                 with contextlib.suppress(av.FFmpegError):
                     first = next(iter(packet.decode()), None)
-            if packet.size and not _is_hidden(packet, stream.codec_context.name):
+            if packet.size and not is_hidden(packet, stream.codec_context.name):
                 times.append(packet.pts)
                 if packet.is_keyframe:
                     keys.append(packet.pts)
         if first is None:
             raise BadFile("corrupt", path, "no frame can be decoded")
-        trusted = _times_are_trusted(container.format.name, stream.codec_context, times)
+        trusted = times_are_trusted(container.format.name, stream.codec_context, times)
         codec, pixel_format = stream.codec_context.name, first.format.name
-        clock = container.format.name, stream.time_base or Fraction(1), stream.average_rate
+        clock = container.format.name, stream.time_base or Fraction(1)
+        rate, metadata = stream.average_rate, dict(container.metadata)
     height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
     frames = len(times) if trusted else sum(1 for _ in decode_all(path))
-    found = Probe(frames, height, width, codec, pixel_format, first.rotation % 360)
+    try:
+        layout = phases.layout_of(metadata, frames)
+    except ValueError as error:
+        raise BadFile("unreadable", path, str(error)) from None
+    found = Probe(frames, height, width, codec, pixel_format, first.rotation % 360, rate, layout)
     if not trusted:
         return Index(found, None, np.empty(0, np.int64), *clock)
     return Index(found, np.sort(np.array(times, np.int64)), np.sort(np.array(keys, np.int64)), *clock)
-
-
-def _is_hidden(packet: av.Packet, codec: str) -> bool:
-    """Whether a packet is only there to be decoded: outside the edit list, or a hidden frame of VP8 (RFC 6386, 9.1)."""
-    return packet.is_discard or (codec == "vp8" and not bytes(packet)[0] >> 4 & 1)
-
-
-def _times_are_trusted(container: str, codec: "av.VideoCodecContext", times: list[int | None]) -> bool:
-    """False where the packets' times do not say the order of presentation."""
-    if None in times or len(set(times)) < len(times):
-        return False
-    # avi stores no presentation times; FFmpeg's guess holds only where decoding order is presentation order
-    return container != "avi" or not codec.has_b_frames
 
 
 def _open(path: str) -> "av.container.InputContainer":

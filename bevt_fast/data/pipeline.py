@@ -23,7 +23,7 @@ CPU_CODECS = {"vp8", "vp9", "mjpeg"}  # all that DALI 2.4 decodes without a GPU;
 
 
 class Job(NamedTuple):
-    """One sample to read: its file, frames (numbers in the file; None for an image) and crop."""
+    """One sample to read: its file, frames (positions in the file, `phases.stored`; None for an image) and crop."""
 
     path: Path
     frames: list[int] | None

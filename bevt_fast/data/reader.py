@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bevt_fast.config import Config, Stream, View, accumulation
-from bevt_fast.data import decode, masking, pipeline, pipeline_reference, sampling
+from bevt_fast.data import decode, masking, phases, pipeline, pipeline_reference, sampling
 from bevt_fast.data.decode import BadFile, Probe
 from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
@@ -181,7 +181,9 @@ class StreamReader(Dataset):
 
     def _job(self, drawn: Draw, file: int) -> Job:
         first = self.source.extent(file)[0]
-        frames = None if drawn.frames is None else [first + frame for frame in drawn.frames]
+        frames = drawn.frames
+        if frames is not None:
+            frames = phases.stored([first + frame for frame in frames], self._probed(file).layout)
         return Job(self.source.path(file), frames, drawn.crop)
 
     def _views(self, drawn: Draw, file: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 import numpy as np
 from PIL import Image
 
-from bevt_fast.data import decode
+from bevt_fast.data import decode, phases
 from bevt_fast.data.decode import BadFile
 
 Depth = Literal["headers", "ends", "full"]
@@ -133,7 +133,9 @@ def _described(index: decode.Index) -> dict[str, Any]:
     probe, times, n = index.probe, index.times, index.probe.frames
     takes = probe.pixel_format in NVDEC.get(probe.codec, ())
     row = probe._asdict() | {"container": index.container, "nvdec": f"{'yes' if takes else 'no'} (by table)"}
-    rate = index.rate
+    if probe.layout is not None:
+        row["phases"] = probe.layout.stride
+    rate = probe.rate
     if times is not None and n > 1 and (span := int(times[-1]) - int(times[0])) > 0:
         rate = Fraction(n - 1, span) / index.unit
     if rate:
@@ -160,7 +162,9 @@ def _ends(index: decode.Index, first: int, n: int) -> list[int]:
     keys = np.empty(0, np.int64) if index.times is None else np.searchsorted(index.times, index.keys) - first
     starts = [0, *(int(key) for key in keys if 0 < key < n)]
     groups = {0, len(starts) // 2, len(starts) - 1}
-    return sorted({k for group in groups for k in (starts[group], [*starts, n][group + 1] - 1)})
+    ends = sorted({k for group in groups for k in (starts[group], [*starts, n][group + 1] - 1)})
+    # of a part of a phase-split file they are some frames or other: its groups hold frames of the other parts too
+    return ends if n < index.probe.frames else phases.shown(ends, index.probe.layout)
 
 
 def _decode_all(path: str, n: int) -> None:

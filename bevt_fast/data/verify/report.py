@@ -15,7 +15,8 @@ from bevt_fast.errors import DataError
 
 COLUMNS = (
     *("path", "status", "reason", "container", "codec", "pixel_format", "width", "height", "rotation", "frames"),
-    *("duration_s", "fps", "frame_rate", "keyframe_longest", "keyframe_mean", "exif_orientation", "bytes"),
+    *("duration_s", "fps", "frame_rate", "keyframe_longest", "keyframe_mean", "phases"),
+    *("exif_orientation", "bytes"),
     *("decoder", "nvdec", "depth", "kind", "first", "count", "min_frames", "changed_ns"),
 )
 ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})

@@ -54,7 +54,9 @@ class Tally:
             n = int(row["frames"])
             self._other["short"] += n < span(self.frames)
             if row["keyframe_longest"].isdecimal():
-                self._add_keys(row, n, self.frames)
+                # in a phase-split file of its stride the frames of a clip are neighbours
+                neighbours = self.frames.mode == "interval" and row["phases"] == str(self.frames.stride)
+                self._add_keys(row, n, self.frames._replace(stride=1) if neighbours else self.frames)
 
     def _add_keys(self, row: dict[str, str], n: int, frames: Frames) -> None:
         longest = int(row["keyframe_longest"])
