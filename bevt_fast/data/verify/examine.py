@@ -104,7 +104,7 @@ def _image(job: Job, depth: Depth, row: dict[str, Any]) -> None:
 
 
 def _folder(job: Job, depth: Depth, row: dict[str, Any]) -> None:
-    row |= decode.probe(job.path)._asdict() | {"container": "folder"}
+    row |= _columns(decode.probe(job.path)) | {"container": "folder"}
     extent = (job.first, job.count)
     n = decode.probe(job.path, extent, job.min_frames).frames
     row["frames"] = n
@@ -128,11 +128,16 @@ def _video(job: Job, depth: Depth, row: dict[str, Any]) -> None:
         _read_all(job, n)
 
 
+def _columns(probe: decode.Probe) -> dict[str, Any]:
+    """What the report has of a probe as it is."""
+    return {name: value for name, value in probe._asdict().items() if name not in ("rate", "layout")}
+
+
 def _described(index: decode.Index) -> dict[str, Any]:
     """What the packets say of a video: timing, keyframes, and whether NVDEC has its codec."""
     probe, times, n = index.probe, index.times, index.probe.frames
     takes = probe.pixel_format in NVDEC.get(probe.codec, ())
-    row = probe._asdict() | {"container": index.container, "nvdec": f"{'yes' if takes else 'no'} (by table)"}
+    row = _columns(probe) | {"container": index.container, "nvdec": f"{'yes' if takes else 'no'} (by table)"}
     if probe.layout is not None:
         row["phases"] = probe.layout.stride
     rate = probe.rate

@@ -159,7 +159,11 @@ def _decoder(row: dict[str, Any], dali: bool) -> str:
     """The decoder that reads such a file here where data.decoder is "dali"."""
     if row["status"] != "ok":
         return ""
-    return "dali" if dali and pipeline.takes(Probe(*(row[name] for name in Probe._fields))) else "pyav"
+    return (
+        "dali"
+        if dali and pipeline.takes(Probe(**{name: row[name] for name in Probe._fields if name in row}))
+        else "pyav"
+    )
 
 
 def _results(listed: Sequence[Listed], report: Report, out: Path, config: str) -> tuple[list[str], int]:
