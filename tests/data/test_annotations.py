@@ -47,7 +47,7 @@ LABELLED = {
 def test_path_and_label(tmp_path, pattern, name):
     text = "".join(pattern.format(path, label) for path, label in zip(PATHS, LABELS))
     for written in (text, text.rstrip(), "\ufeff" + text):
-        paths, labels, extents = listed(tmp_path, written, name)
+        paths, labels, extents, _ = listed(tmp_path, written, name)
         assert (paths, extents) == (PATHS, None)
         assert labels is not None and labels.dtype == np.int64 and labels.tolist() == LABELS
 
@@ -65,24 +65,24 @@ HEADED = {
 
 @pytest.mark.parametrize("name, text", HEADED.values(), ids=HEADED)
 def test_csv_with_a_header(tmp_path, name, text):
-    paths, labels, extents = listed(tmp_path, text, name)
+    paths, labels, extents, _ = listed(tmp_path, text, name)
     assert (paths, extents) == (["a/one.mp4", "b/two.mp4"], None)
     assert labels is not None and labels.tolist() == [3, 0]
 
 
 def test_csv_paths_with_commas_and_quotes(tmp_path):
-    paths, labels, _ = listed(tmp_path, 'path,label\n"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
+    paths, labels, *_ = listed(tmp_path, 'path,label\n"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
     assert paths == ["a, b.mp4", 'say "hi".mp4'] and labels is not None and labels.tolist() == [1, 2]
-    paths, labels, _ = listed(tmp_path, '"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
+    paths, labels, *_ = listed(tmp_path, '"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
     assert paths == ["a, b.mp4", 'say "hi".mp4'] and labels is not None and labels.tolist() == [1, 2]
-    paths, labels, _ = listed(tmp_path, "a, b.mp4 1\nc.mp4 2\n")
+    paths, labels, *_ = listed(tmp_path, "a, b.mp4 1\nc.mp4 2\n")
     assert paths == ["a, b.mp4", "c.mp4"] and labels is not None and labels.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("text", ["a.mp4\nb c.webm\nd/e.JPEG\n", "path\na.mp4\nb c.webm\nd/e.JPEG\n"])
 def test_paths_alone(tmp_path, text):
-    assert listed(tmp_path, text, "list.csv") == (["a.mp4", "b c.webm", "d/e.JPEG"], None, None)
-    assert listed(tmp_path, "folder one\nfolder two\n") == (["folder one", "folder two"], None, None)
+    assert listed(tmp_path, text, "list.csv") == (["a.mp4", "b c.webm", "d/e.JPEG"], None, None, None)
+    assert listed(tmp_path, "folder one\nfolder two\n") == (["folder one", "folder two"], None, None, None)
 
 
 EXTENTS = {
@@ -138,7 +138,7 @@ FAULTS = {
     "minus one": ("a.mp4 -1\n", "list.txt:1: expected a label of at least 0, got -1"),
     "float": ("a.mp4 1\n\nb.mp4 2.0\n", "list.txt:3: expected an integer label, got '2.0'"),
     "all floats": ("a.mp4 1.0\nb.mp4 2.0\n", "list.txt:1: expected an integer label, got '1.0'"),
-    "word": ("a.mp4 cat\nb.mp4 dog\n", "list.txt:1: expected an integer label, got 'cat'"),
+    "word": ("a.mp4 3\nb.mp4 1\nc.mp4 cat\n", "list.txt:3: expected an integer label, got 'cat'"),
     "underscore": ("a.mp4 1\nb.mp4 1_0\n", "list.txt:2: expected an integer label, got '1_0'"),
     "huge": (
         "a.mp4 1\nb.mp4 99999999999999999999\n",
@@ -274,11 +274,11 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
         opened.truncate(64 * 1024**3)
     with pytest.raises(DataError, match=r"list.txt:1: expected a line of at most 65536 bytes"):
         read_list(file)
-    huge = tmp_path / "list.json"
+    huge = tmp_path / "huge.json"
     with huge.open("wb") as opened:
-        opened.truncate(annotations.LARGEST_JSON + 1)
-    with pytest.raises(DataError, match=r"expected a JSON file of at most 1073741824 bytes; use a text list"):
-        read_list(huge)
+        opened.truncate(text_lists.LARGEST_JSON + 1)
+    with pytest.raises(DataError, match=r"expected a JSON file of at most 67108864 bytes"):
+        text_lists.read_json(huge)
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 200_000)
     with pytest.raises(DataError, match=r"deep\.json"):
