@@ -86,9 +86,9 @@ def _follow(file: _Headers, end: int) -> Iterator[Entry]:
             entry, following = _by_tarfile(tar, position)
         else:
             following = entry.offset + -(-entry.size // BLOCK) * BLOCK
-        if following <= position or entry.size < 0:
+        if following <= position:
             raise Damaged(position, "its headers lead back")
-        if entry.kind == "file" and entry.offset + entry.size > end:
+        if (entry.offset + entry.size if entry.kind == "file" else following) > end:
             raise Damaged(position, f"it ends within {entry.name}")
         yield entry
         position = following
@@ -121,6 +121,8 @@ def _by_tarfile(tar: tarfile.TarFile, position: int) -> tuple[Entry, int]:
         info = tarfile.TarInfo.fromtarfile(tar)
     except (tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
         raise Damaged(position, str(error)) from None
+    if info.size < 0:
+        raise Damaged(position, "a member of negative size")
     if info.issparse():
         kind = "sparse file"
     elif info.isreg():

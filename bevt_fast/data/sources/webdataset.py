@@ -6,6 +6,7 @@ part in it. Reading the headers of a million images takes half a minute at each 
 what was found, for as long as the shards have the same sizes and times.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from bevt_fast.config import Positive, Section
@@ -55,9 +56,7 @@ def build(options: Options) -> Source:
     for remark in found.remarks:
         warnings.warn(remark, stacklevel=2)
     if not len(found.members):
-        raise DataError(
-            f"the {len(shards)} shards under {root} hold no images like 000017.jpg; check the option 'shards'"
-        )
+        raise DataError(f"{len(shards)} shards under {root} hold no images like 17.jpg; check the option 'shards'")
     labels, classes = found.settled(find_classes(options.classes, root))
     return Source(name="webdataset", root=root, paths=found.members, labels=labels, classes=classes)
 
@@ -156,12 +155,14 @@ class _Index:
         arrays = self.members.arrays | ({} if self.labels is None else {"labels": self.labels})
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(arrays, aside, {"version": VERSION} | {name: json.dumps(value) for name, value in about.items()})
+            texts = {"version": VERSION} | {name: json.dumps(value) for name, value in about.items()}
+            aside.write_bytes(save(arrays, texts))
             aside.replace(file)
         except OSError as error:
             raise DataError(f"cannot write the index {file}: {error.strerror or error}; name another 'index'") from None
         finally:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
 
     def settled(self, classes: Classes) -> tuple[np.ndarray | None, list[str] | None]:
         """Class ids and class names. Raises DataError for a label that `classes` has not."""
@@ -192,7 +193,7 @@ def _numbers(members: Members, root: Path, scanned: list[Scanned]) -> tuple[np.n
     if without:
         row = labels.index(None)
         raise DataError(
-            f"{root / members[row]}: expected a label (.cls or .json) beside it, as most or none have, got none "
+            f"{root / members[row]}: expected a label (.cls or .json) beside it, as others have, got none "
             f"({without} of {len(labels)} images)"
         )
     texts = [label for label in labels if label is not None]
