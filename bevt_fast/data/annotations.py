@@ -20,11 +20,13 @@ label`; `columns` says so where the guess is wrong. A start of 1 in every line n
 becomes 0. An identical line is one sample, however often it is repeated; a path with two labels is an error.
 """
 
+import contextlib
+import gc
 import posixpath
 import re
 import warnings
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +67,20 @@ def read_list(
         form, rows = json_rows(spot, json_lines(file), names)
     else:
         form, rows = read_text(file, names, columns, delimiter)
-    return collect(spot, form, rows, classes, names)
+    with _no_search_for_cycles():
+        return collect(spot, form, rows, classes, names)
+
+
+@contextlib.contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Python looks for cycles the more often the more lists are made: a quarter of the time, and lines have none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def collect(spot: str, form: str, rows: Iterable[Rows], classes: Classes = None, names: Names | None = None) -> Listing:

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_imagenet_list(tmp_path, list_at, prefix):
     name = "ILSVRC2012_name_train_list.txt"
     (tmp_path / list_at / name).write_text(f"{prefix}n02/b.JPEG 1\n{prefix}n01/a.JPEG 0\n")
     found = built("imagenet1k", root=tmp_path, list=name)
-    assert labels_of(found) == [1, 0] and all(found.path(k).is_file() for k in range(2))
+    assert labels_of(found) == [1, 0] and all(found.path(k).exists() for k in range(2))
 
 
 def test_what_imagenet_refuses(tmp_path):
@@ -169,10 +170,10 @@ def test_kinetics_official_csv(tmp_path, folder):
         UserWarning, match=r"1 of 4 videos of .*k400.csv are not in .*left out, first gone_000003_000013"
     ):
         found = sources.build(Part(name="kinetics400", options={"root": str(tmp_path), "annotations": "k400.csv"}))
-    assert [found.path(k).name for k in range(3)] == [
+    assert [Path(found.path(k)).name for k in range(3)] == [
         "-abc_1_000009_000019.mp4", "XYZ_000120_000130.mkv", "late_1000000_1000010.mp4"
     ]  # fmt: skip
-    assert all(found.path(k).is_file() for k in range(3))
+    assert all(found.path(k).exists() for k in range(3))
     assert found.classes == ["archery", "cooking, outside", "riding a bike"] and labels_of(found) == [2, 1, 2]
     assert found.frames == Frames(16, 8, "interval")
 
@@ -189,7 +190,7 @@ def test_kinetics_list_and_folders(tmp_path):
     for prefix in ("", "train/"):
         (tmp_path / "k400_train.txt").write_text(f"{prefix}riding a bike/a.mp4 273\n{prefix}archery/b.mp4 5\n")
         found = built("kinetics400", root=tmp_path, list="k400_train.txt")
-        assert labels_of(found) == [273, 5] and all(found.path(k).is_file() for k in range(2))
+        assert labels_of(found) == [273, 5] and all(found.path(k).exists() for k in range(2))
     found = built("kinetics400", root=tmp_path)
     assert found.paths == ["archery/b.mp4", "riding a bike/a.mp4"] and labels_of(found) == [0, 1]
     assert found.classes == ["archery", "riding a bike"] and found.root == tmp_path / "train"
@@ -234,7 +235,7 @@ def test_something_v2_json(tmp_path, folder, suffix):
     found = built("something_v2", root=tmp_path, annotations="train.json", mode="uniform", frames=32)
     assert found.paths == [f"{folder}78687{suffix}", f"{folder}42326{suffix}"] and labels_of(found) == [1, 0]
     assert found.classes == ["Putting something into something", "Holding something"]
-    assert found.frames == Frames(32, 8, "uniform") and all(found.path(k).is_file() for k in range(2))
+    assert found.frames == Frames(32, 8, "uniform") and all(found.path(k).exists() for k in range(2))
 
 
 def test_something_v2_without_labels(tmp_path):
@@ -293,7 +294,7 @@ def test_diving48(tmp_path, folder):
     assert labels_of(found) == [26, 0, 47] and found.extents is None
     (tmp_path / "list.txt").write_text("_8Vy3dlHg2w_00000.mp4 26\n")
     found = built("diving48", root=tmp_path, annotations="list.txt")
-    assert labels_of(found) == [26] and found.path(0).is_file()
+    assert labels_of(found) == [26] and found.path(0).exists()
 
 
 @pytest.mark.parametrize(

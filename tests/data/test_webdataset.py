@@ -21,8 +21,9 @@ from bevt_fast.data.reader import StreamReader
 from bevt_fast.data.shards import scan
 from bevt_fast.data.sources import Source
 from bevt_fast.data.tar_index import Damaged, entries
-from bevt_fast.errors import DataError
-from bevt_fast.training.assemble import fingerprint
+from bevt_fast.errors import CheckpointError, DataError
+from bevt_fast.training.assemble import fingerprint, require_same_data
+from bevt_fast.training.checkpoint import Checkpoint
 from tests.data import media
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -386,3 +387,19 @@ def test_batches_are_those_of_the_loose_files(tmp_path, decoder):
         assert [record["index"] for record in ours["bad"]] == [record["index"] for record in theirs["bad"]]
     assert {record["path"] for record in bad} == {f"{tmp_path}/packed/a.tar/000005.jpg"}
     assert {record["kind"] for record in bad} == {"truncated"}
+
+
+def test_a_checkpoint_that_knows_less_of_a_list_is_gone_on_from(tmp_path):
+    shard(tmp_path / "a.tar", samples(0, 3))
+    now = fingerprint(built(tmp_path))
+    assert set(now) == {"files", "sha256", "labels"}
+
+    def resumed(then):
+        found = Checkpoint(tmp_path, 1, {}, {}, {"data": {"images": then}})
+        require_same_data(found, {"tokenizer": "", "data": {"images": now}})
+
+    resumed(now)
+    resumed({key: now[key] for key in ("files", "sha256")})
+    for then in (None, {}, now | {"labels": "other"}, now | {"sha256": "other"}, {"files": 2}):
+        with pytest.raises(CheckpointError, match="the list of images is not the one this run began with"):
+            resumed(then)
