@@ -282,17 +282,12 @@ def _recipe(path: Path) -> dict:
 
 def _split(source: "Source") -> tuple["Source", "Source"]:
     """The files to fit to and those to test on; both are all files where there are fewer than five."""
-    from dataclasses import replace
-
     if len(source) < HELD_OUT:
         return source, source
 
-    def take(chosen: list[int]) -> "Source":
-        extents = None if source.extents is None else source.extents[chosen]
-        return replace(source, paths=[source.paths[i] for i in chosen], extents=extents, labels=None, classes=None)
-
     kept_out = [i for i in range(len(source)) if i % HELD_OUT == HELD_OUT - 1]
-    return take([i for i in range(len(source)) if i % HELD_OUT != HELD_OUT - 1]), take(kept_out)
+    fitted = [i for i in range(len(source)) if i % HELD_OUT != HELD_OUT - 1]
+    return source.take(fitted), source.take(kept_out)
 
 
 def _refuse_to_overwrite(path: str, overwrite: bool) -> None:

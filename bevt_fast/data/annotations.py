@@ -10,41 +10,35 @@ Fields are split off from the right, so a path may contain blanks. The forms, re
     path                 no labels
     path start total     VideoMAEv2: a file (`path 0 -1`: all of it), or a folder of frames
     path total label     mmaction2's folders of frames
-    path,label,...       csv with a header: a column path, filename, file or video, and perhaps label
+    path,label,...       csv with a header: a column path, filename, file or video, and perhaps label or class
     [{"path": ..., "label": ...}] or ["path", ...] in .json; one object or string a line in .jsonl
+
+A label is a number from 0 or the name of a class; `class_names.py` says which id a name has.
 
 Two integers after a folder are `start total` if the second is -1 anywhere or the first is never above 1, else `total
 label`; `columns` says so where the guess is wrong. A start of 1 in every line numbers the first frame of a folder, and
 becomes 0. An identical line is one sample, however often it is repeated; a path with two labels is an error.
 """
 
-import json
+import contextlib
+import gc
 import posixpath
 import re
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bevt_fast.data.class_names import Classes, Names
 from bevt_fast.data.folders import VIDEOS
-from bevt_fast.data.text_lists import (
-    PATH_COLUMNS,
-    Columns,
-    Delimiter,
-    Rows,
-    integer,
-    open_list,
-    read_text,
-    shown,
-    text_lines,
-)
+from bevt_fast.data.json_lists import batched, json_entries, json_lines, json_rows
+from bevt_fast.data.list_forms import Columns, Delimiter, read_text
+from bevt_fast.data.text_lists import Rows, shown
 from bevt_fast.errors import DataError
 
-LARGEST_JSON = 1024**3  # bytes
 MOST_SAMPLES = 20_000_000
 
 
@@ -54,53 +48,46 @@ class Listing(NamedTuple):
     paths: list[str]
     labels: np.ndarray | None
     extents: np.ndarray | None
+    classes: list[str] | None = None  # names by label, for lists that name them
 
 
 def read_list(
-    file: Path, *, columns: Columns = "auto", delimiter: Delimiter = "auto", classes: int | None = None
+    file: Path, *, columns: Columns = "auto", delimiter: Delimiter = "auto", classes: Classes = None
 ) -> Listing:
     """Read a list in any of the forms above. Raises DataError `file:line: expected ..., got ...`.
 
-    `classes` is the number of classes, where known: a label that is not in [0, classes) is an error.
+    `classes` is the number of classes or their names, where known: a label that is none of them is an error.
     """
-    suffix = file.suffix.lower()
+    suffix, names = file.suffix.lower(), Names()
+    spot = f"{file}:"
     if suffix == ".json":
-        form, rows = _json_rows(f"{file}:entry ", json_entries(file))
-        return collect(f"{file}:entry ", form, rows, classes)
-    if suffix in (".jsonl", ".ndjson"):
-        form, rows = _json_rows(f"{file}:", _json_lines(file))
+        spot = f"{file}:entry "
+        form, rows = json_rows(spot, batched(json_entries(file)), names)
+    elif suffix in (".jsonl", ".ndjson"):
+        form, rows = json_rows(spot, json_lines(file), names)
     else:
-        form, rows = read_text(file, columns, delimiter)
-    return collect(f"{file}:", form, rows, classes)
+        form, rows = read_text(file, names, columns, delimiter)
+    with _no_search_for_cycles():
+        return collect(spot, form, rows, classes, names)
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises DataError where it is not one, or larger than 1 GiB."""
-    with open_list(file) as opened:
-        if file.stat().st_size > LARGEST_JSON:
-            raise DataError(f"{file}: expected a JSON file of at most {LARGEST_JSON} bytes; use a text list instead")
-        try:
-            return json.loads(opened.read().decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise DataError(f"{file}: expected UTF-8 text; save it as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}:{error.lineno}: expected JSON, got: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: expected a JSON list of samples, got: {error}") from None
+@contextlib.contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Python looks for cycles the more often the more lists are made: a quarter of the time, and lines have none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
-def json_entries(file: Path) -> Iterator[tuple[int, Any]]:
-    """The entries of a JSON list, numbered from 1."""
-    entries = read_json(file)
-    if not isinstance(entries, list):
-        raise DataError(f"{file}: expected a JSON list of samples, got one {type(entries).__name__}")
-    return iter(enumerate(entries, start=1))
-
-
-def collect(spot: str, form: str, rows: Iterable[Rows], classes: int | None = None) -> Listing:
+def collect(spot: str, form: str, rows: Iterable[Rows], classes: Classes = None, names: Names | None = None) -> Listing:
     """Check `rows`, whose `values` are the columns of `form` after the path, and put them side by side.
 
-    `spot` and the number of a row stand before an error: "list.txt:" and 12.
+    `spot` and the number of a row stand before an error: "list.txt:" and 12. Labels are numbers of `names` if it has
+    any.
     """
     paths: list[str] = []
     numbers, flat = array("q"), array("q")
@@ -117,11 +104,19 @@ def collect(spot: str, form: str, rows: Iterable[Rows], classes: int | None = No
         raise DataError(f"{spot.rpartition(':')[0]}: expected lines like 'path label', got no sample at all")
     table = np.array(flat, dtype=np.int64).reshape(len(paths), -1)
     column = {name: table[:, k] for k, name in enumerate(form.split()[1:])}
-    _check(column, lambda i: f"{spot}{numbers[i]}", classes)
+
+    def where(row: int) -> str:
+        return f"{spot}{numbers[row]}"
+
+    if names is not None and names.ids:
+        column["label"], known = names.settle(column["label"], classes, where)
+    else:
+        known = classes if isinstance(classes, list) else None
+        _check(column, where, len(known) if known else classes)  # pyright: ignore[reportArgumentType]
     labels, extents = column.get("label"), _extents(column, paths)
-    keep = _distinct(paths, labels, extents, lambda i: f"{spot}{numbers[i]}")
+    keep = _distinct(paths, labels, extents, where)
     if keep is None:
-        return Listing(paths, labels, extents)
+        return Listing(paths, labels, extents, known)
     again = len(paths) - len(keep)
     warnings.warn(f"{spot.rpartition(':')[0]}: {again} lines repeat a sample, which counts once", stacklevel=3)
     pick = np.array(keep)
@@ -129,6 +124,7 @@ def collect(spot: str, form: str, rows: Iterable[Rows], classes: int | None = No
         [paths[i] for i in keep],
         None if labels is None else labels[pick],
         None if extents is None else extents[pick],
+        known,
     )
 
 
@@ -185,33 +181,3 @@ def _distinct(
             expected = f"the label {labels[first]}, as {spot(first)} says of {shown(path)}"
             raise DataError(f"{spot(i)}: expected {expected}, got {labels[i]}")
     return None if len(seen) == len(paths) else list(seen.values())
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in text_lines(file):
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}:{number}: expected one JSON object or string a line, got: {error}") from None
-
-
-def _json_rows(spot: str, entries: Iterator[tuple[int, Any]]) -> tuple[str, Iterator[Rows]]:
-    """The form and rows of a JSON list; either all entries have labels or none has."""
-    head = list(islice(entries, 1))
-    labelled = any(isinstance(entry, dict) and entry.get("label") is not None for _, entry in head)
-
-    def rows() -> Iterator[Rows]:
-        for number, entry in chain(head, entries):
-            fields = {"path": entry} if isinstance(entry, str) else entry if isinstance(entry, dict) else {}
-            path = next((fields[name] for name in PATH_COLUMNS if name in fields), None)
-            if not isinstance(path, str) or not path or "\0" in path:
-                raise DataError(
-                    f"{spot}{number}: expected a path, or an object with path and label, got {shown(entry)}"
-                )
-            label = fields.get("label")
-            if labelled != (label is not None):
-                wanted = "a label" if labelled else "no label"
-                raise DataError(f"{spot}{number}: expected {wanted}, as in the first, got {shown(entry)}")
-            yield Rows([number], [path], [integer(label, "label", f"{spot}{number}")] if labelled else [])
-
-    return ("path label" if labelled else "path"), rows()

@@ -25,6 +25,7 @@ from PIL import Image
 
 from bevt_fast.data import phases
 from bevt_fast.data.containers import is_cut_short, is_hidden, times_are_trusted
+from bevt_fast.data.packed import File, is_empty, opened
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg's remarks on damaged files; what matters arrives as BadFile
 
@@ -43,7 +44,7 @@ PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 class BadFile(Exception):
     """A file that cannot be used, for a reason of one of KINDS."""
 
-    def __init__(self, kind: str, path: str | Path, reason: str):
+    def __init__(self, kind: str, path: File, reason: str):
         super().__init__(kind, str(path), reason)  # plain arguments, so that it travels between processes
         self.kind, self.path, self.reason = kind, str(path), reason
 
@@ -74,7 +75,7 @@ class Index(NamedTuple):
     unit: Fraction  # seconds of one unit of time
 
 
-def probe(path: str | Path, extent: tuple[int, int] = (0, -1), min_frames: int = 1) -> Probe:
+def probe(path: File, extent: tuple[int, int] = (0, -1), min_frames: int = 1) -> Probe:
     """Size and exact number of frames of a video, or of the part `extent` = (first, count; -1: to the end) of it.
 
     Raises BadFile, also for fewer than `min_frames` frames.
@@ -89,7 +90,7 @@ def probe(path: str | Path, extent: tuple[int, int] = (0, -1), min_frames: int =
     return whole._replace(frames=frames)
 
 
-def read_frames(path: str | Path, indices: Sequence[int], extent: tuple[int, int] = (0, -1)) -> np.ndarray:
+def read_frames(path: File, indices: Sequence[int], extent: tuple[int, int] = (0, -1)) -> np.ndarray:
     """The frames `indices` (any order, repeats allowed) of the part `extent` of a video. Returns (T, H, W, 3) uint8.
 
     RGB, rotated as the file's display matrix says. Raises BadFile where one of the frames cannot be decoded, and
@@ -127,19 +128,19 @@ def each_frame(path: str | Path) -> Iterator[np.ndarray]:
         raise BadFile("corrupt", path, f"{number} of {found.frames} frames can be decoded")
 
 
-def probe_image(path: str | Path) -> Probe:
+def probe_image(path: File) -> Probe:
     """An image from its header: one frame; `codec` is Pillow's name of the format. Raises BadFile."""
-    with _faults(path, "unreadable"), Image.open(path) as image:
+    with _faults(path, "unreadable"), opened(path) as source, Image.open(source) as image:
         return Probe(1, image.height, image.width, image.format or "", image.mode, 0)
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: File) -> np.ndarray:
     """An image as (H, W, 3) uint8 RGB: alpha dropped, CMYK and grey converted, 16 bits cut to 8, EXIF not applied.
 
     The official pipeline decodes with OpenCV's "ignore orientation" (SPEC 5.3); Pillow is used because OpenCV returns
     half a picture for a truncated file without saying so. Raises BadFile.
     """
-    with _faults(path, "corrupt"), Image.open(path) as image:
+    with _faults(path, "corrupt"), opened(path) as source, Image.open(source) as image:
         if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip at 255
             grey = np.asarray(image).astype(np.uint32) >> 8
             return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
@@ -147,7 +148,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _faults(path: str | Path, kind: str) -> Iterator[None]:
+def _faults(path: File, kind: str) -> Iterator[None]:
     """Turns every failure to read `path` into a BadFile, of kind `kind` where nothing more is known."""
     try:
         yield
@@ -156,7 +157,7 @@ def _faults(path: str | Path, kind: str) -> Iterator[None]:
     except FileNotFoundError:
         raise BadFile("missing", path, "no such file") from None
     except Exception as error:  # FFmpeg and Pillow raise a dozen unrelated classes on damaged files
-        if Path(path).is_file() and not Path(path).stat().st_size:
+        if is_empty(path):
             raise BadFile("empty", path, "0 bytes") from None
         if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
             kind = "io"
@@ -165,7 +166,7 @@ def _faults(path: str | Path, kind: str) -> Iterator[None]:
         raise BadFile(kind, path, f"{type(error).__name__}: {error}".split("; last error log")[0]) from None
 
 
-def _whole(path: str | Path) -> Probe:
+def _whole(path: File) -> Probe:
     if Path(path).is_dir():
         files = _image_files(Path(path))
         return probe_image(files[0])._replace(frames=len(files), codec="images")
@@ -182,7 +183,7 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
-def index(path: str | Path) -> Index:
+def index(path: File) -> Index:
     """Where the frames of a video file are, and what is known of it without decoding. Raises BadFile."""
     with _faults(path, "unreadable"):
         status = Path(path).stat()
@@ -235,7 +236,7 @@ def _open(path: str) -> "av.container.InputContainer":
     return container
 
 
-def _read_video(path: str | Path, wanted: list[int]) -> dict[int, np.ndarray]:
+def _read_video(path: File, wanted: list[int]) -> dict[int, np.ndarray]:
     """The frames `wanted` (ascending) of a file, by index."""
     found = index(path)
     with _faults(path, "corrupt"):
@@ -250,7 +251,7 @@ def _read_video(path: str | Path, wanted: list[int]) -> dict[int, np.ndarray]:
         return _from_the_start(path, places, counted=False)
 
 
-def _from_the_start(path: str | Path, places: dict[int, int], counted: bool) -> dict[int, np.ndarray]:
+def _from_the_start(path: File, places: dict[int, int], counted: bool) -> dict[int, np.ndarray]:
     """The frames at `places` (presentation times, or numbers where frames are `counted`), by index. Raises BadFile."""
     rgb = VideoReformatter()
     frames: dict[int, np.ndarray] = {}

@@ -67,6 +67,17 @@ def by_stem(paths: list[str]) -> dict[str, str]:
     return found
 
 
+def named(listed: list[str], there: list[str]) -> list[str]:
+    """For each of `listed` the file of `there` with its folder and stem, else with its stem, whatever the suffixes.
+
+    What is not there keeps its name, for the check before the run to tell.
+    """
+    stems = by_stem(there)
+    places = {"/".join(path.rsplit("/", 2)[-2:]).rsplit(".", 1)[0]: path for path in reversed(there)}
+    keys = ["/".join(path.rsplit("/", 2)[-2:]).rsplit(".", 1)[0] for path in listed]
+    return [places.get(key) or stems.get(key.rsplit("/", 1)[-1], path) for key, path in zip(keys, listed)]
+
+
 def find_list(name: str, *folders: Path) -> Path:
     """A list file: as written, or inside one of `folders`. Raises DataError that names where it was looked for."""
     places = [Path(name), *(folder / name for folder in folders)]

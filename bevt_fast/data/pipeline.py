@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bevt_fast.data.decode import BadFile, Probe
+from bevt_fast.data.packed import Packed
 from bevt_fast.data.pipeline_reference import GREY, clip_views, image_views, token_view
 from bevt_fast.data.sampling import Crop
 from bevt_fast.errors import MachineError
@@ -25,7 +26,7 @@ CPU_CODECS = {"vp8", "vp9", "mjpeg"}  # all that DALI 2.4 decodes without a GPU;
 class Job(NamedTuple):
     """One sample to read: its file, frames (positions in the file, `phases.stored`; None for an image) and crop."""
 
-    path: Path
+    path: Path | Packed
     frames: list[int] | None
     crop: Crop
 
@@ -72,7 +73,7 @@ class DaliViews:
         """For each job pixels ([T,] S, S, 3) and token_pixels ([T,] s, s, 3), uint8, or what is wrong with its file."""
         try:
             pictures = self._run(jobs)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             self._pipeline = None  # DALI: "current pipeline object is no longer valid"
             if len(jobs) == 1:
                 return [BadFile("corrupt", jobs[0].path, _reason(error))]
@@ -98,7 +99,8 @@ class DaliViews:
         return clip_views(picture, crop, half)
 
     def _inputs(self, jobs: Sequence[Job]) -> dict[str, list[np.ndarray]]:
-        inputs: dict[str, list[np.ndarray]] = {"encoded": [np.fromfile(job.path, np.uint8) for job in jobs]}
+        encoded: list[np.ndarray] = [np.frombuffer(job.path.read_bytes(), np.uint8) for job in jobs]
+        inputs = {"encoded": encoded}
         if self.kind == "clips":
             inputs["frames"] = [np.array(job.frames, np.int32) for job in jobs]
         if not self.in_graph:
@@ -183,7 +185,7 @@ def _given(name: str, dtype: Any, ndim: int) -> Any:
     return source(name=name, dtype=dtype, ndim=ndim, batch=True)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What a DALI error says happened, without where in DALI."""
     text = str(error).split("encountered:")[-1].split("C++ context")[0].split("Current pipeline object")[0]
     return " ".join(text.split())[:200]

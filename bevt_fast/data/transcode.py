@@ -120,7 +120,7 @@ def refuse_inside(out: Path, source: Source, is_folder: bool) -> None:
 
     The data are the folder that was given, or the one that holds all files of a list.
     """
-    folders = {source.path(i).parent.resolve() for i in range(len(source))}
+    folders = {Path(source.path(i)).parent.resolve() for i in range(len(source))}
     root = source.root.resolve() if is_folder else Path(os.path.commonpath(folders))
     if out.resolve().is_relative_to(root):
         raise DataError(f"--out {out} lies inside the data, {root}; choose a folder outside, beside it for example")
@@ -137,7 +137,7 @@ def write_list(source: Source, out: Path, plan: Plan, good: set[str]) -> None:
     part = out / f".{LIST}.part"
     try:
         part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        same = _rows(*read_list(part)) == _rows(names, *_columns(source, chosen))
+        same = _rows(*read_list(part)[:3]) == _rows(names, *_columns(source, chosen))
     except (UnicodeEncodeError, DataError):
         same = False
     if not same:

@@ -117,7 +117,8 @@ def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
         )
     for stream, now in fingerprints["data"].items():
         then = found.trainer.get("data", {}).get(stream)
-        if then != now:
+        # what the checkpoint does not know of the list is not held against it
+        if not then or then != {key: now.get(key) for key in then}:
             raise CheckpointError(
                 f"{found.path}: the list of {stream} is not the one this run began with ({then} then, {now} now); "
                 f"bring it back, or begin a new run with model.weights = {found.path / 'model.safetensors'}"
@@ -125,13 +126,16 @@ def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
 
 
 def fingerprint(source: Source) -> dict[str, str | int]:
-    """Number of files and a digest of their names, and which frames of them, in order."""
+    """Number of files, a digest of their names (and which frames of them) in order, and one of their labels if any."""
     digest = hashlib.sha256()
     for path in source.paths:
         digest.update(path.encode(errors="surrogateescape") + b"\n")
     if source.extents is not None:
         digest.update(source.extents.tobytes())
-    return {"files": len(source), "sha256": digest.hexdigest()}
+    found: dict[str, str | int] = {"files": len(source), "sha256": digest.hexdigest()}
+    if source.labels is not None:
+        found["labels"] = hashlib.sha256(source.labels.tobytes()).hexdigest()
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

@@ -2,12 +2,13 @@
 
 import json
 import re
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
 
-from bevt_fast.data import annotations, text_lists
+from bevt_fast.data import annotations, json_lists, text_lists
 from bevt_fast.data.annotations import read_list
 from bevt_fast.errors import DataError
 
@@ -47,7 +48,7 @@ LABELLED = {
 def test_path_and_label(tmp_path, pattern, name):
     text = "".join(pattern.format(path, label) for path, label in zip(PATHS, LABELS))
     for written in (text, text.rstrip(), "\ufeff" + text):
-        paths, labels, extents = listed(tmp_path, written, name)
+        paths, labels, extents, _ = listed(tmp_path, written, name)
         assert (paths, extents) == (PATHS, None)
         assert labels is not None and labels.dtype == np.int64 and labels.tolist() == LABELS
 
@@ -65,24 +66,24 @@ HEADED = {
 
 @pytest.mark.parametrize("name, text", HEADED.values(), ids=HEADED)
 def test_csv_with_a_header(tmp_path, name, text):
-    paths, labels, extents = listed(tmp_path, text, name)
+    paths, labels, extents, _ = listed(tmp_path, text, name)
     assert (paths, extents) == (["a/one.mp4", "b/two.mp4"], None)
     assert labels is not None and labels.tolist() == [3, 0]
 
 
 def test_csv_paths_with_commas_and_quotes(tmp_path):
-    paths, labels, _ = listed(tmp_path, 'path,label\n"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
+    paths, labels, *_ = listed(tmp_path, 'path,label\n"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
     assert paths == ["a, b.mp4", 'say "hi".mp4'] and labels is not None and labels.tolist() == [1, 2]
-    paths, labels, _ = listed(tmp_path, '"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
+    paths, labels, *_ = listed(tmp_path, '"a, b.mp4",1\n"say ""hi"".mp4",2\n', "list.csv")
     assert paths == ["a, b.mp4", 'say "hi".mp4'] and labels is not None and labels.tolist() == [1, 2]
-    paths, labels, _ = listed(tmp_path, "a, b.mp4 1\nc.mp4 2\n")
+    paths, labels, *_ = listed(tmp_path, "a, b.mp4 1\nc.mp4 2\n")
     assert paths == ["a, b.mp4", "c.mp4"] and labels is not None and labels.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("text", ["a.mp4\nb c.webm\nd/e.JPEG\n", "path\na.mp4\nb c.webm\nd/e.JPEG\n"])
 def test_paths_alone(tmp_path, text):
-    assert listed(tmp_path, text, "list.csv") == (["a.mp4", "b c.webm", "d/e.JPEG"], None, None)
-    assert listed(tmp_path, "folder one\nfolder two\n") == (["folder one", "folder two"], None, None)
+    assert listed(tmp_path, text, "list.csv") == (["a.mp4", "b c.webm", "d/e.JPEG"], None, None, None)
+    assert listed(tmp_path, "folder one\nfolder two\n") == (["folder one", "folder two"], None, None, None)
 
 
 EXTENTS = {
@@ -138,7 +139,7 @@ FAULTS = {
     "minus one": ("a.mp4 -1\n", "list.txt:1: expected a label of at least 0, got -1"),
     "float": ("a.mp4 1\n\nb.mp4 2.0\n", "list.txt:3: expected an integer label, got '2.0'"),
     "all floats": ("a.mp4 1.0\nb.mp4 2.0\n", "list.txt:1: expected an integer label, got '1.0'"),
-    "word": ("a.mp4 cat\nb.mp4 dog\n", "list.txt:1: expected an integer label, got 'cat'"),
+    "word": ("a.mp4 3\nb.mp4 1\nc.mp4 cat\n", "list.txt:3: expected an integer label, got 'cat'"),
     "underscore": ("a.mp4 1\nb.mp4 1_0\n", "list.txt:2: expected an integer label, got '1_0'"),
     "huge": (
         "a.mp4 1\nb.mp4 99999999999999999999\n",
@@ -197,6 +198,128 @@ OTHER_FAULTS = [
 @pytest.mark.parametrize("name, text, sentence", OTHER_FAULTS)
 def test_faults_of_other_forms(tmp_path, name, text, sentence):
     assert refused(tmp_path, text, name).startswith(sentence)
+
+
+NAMED = {
+    "blank": ("l.txt", "a/one.mp4 riding a bike\nb c.mp4 abseiling\n"),
+    "numbers in names": ("l.txt", "a/one.mp4 riding a bike\nb c.mp4 abseiling\nc.mp4 class 3\nd.mp4 class 12\n"),
+    "tab": ("l.txt", "a/one.mp4\triding a bike\nb c.mp4\tabseiling\n"),
+    "comma": ("l.csv", "a/one.mp4,riding a bike\nb c.mp4,abseiling\n"),
+    "quotes": ("l.csv", '"a/one.mp4","riding a bike"\n"b c.mp4","abseiling"\n'),
+    "colons": ("l.txt", "a/one.mp4::riding a bike\nb c.mp4::abseiling\n"),
+    "header": ("l.csv", "video,class\na/one.mp4,riding a bike\nb c.mp4,abseiling\n"),
+    "json": ("l.json", '[{"path": "a/one.mp4", "label": "riding a bike"}, {"path": "b c.mp4", "label": "abseiling"}]'),
+    "jsonl": ("l.jsonl", '{"path": "a/one.mp4", "class": "riding a bike"}\n{"path": "b c.mp4", "class": "abseiling"}'),
+    "folders": ("l.txt", "a/one\triding a bike\nb c\tabseiling\n"),
+    "BOM, CRLF, blanks": ("l.txt", "\ufeffa/one.mp4  riding a bike \r\n\r\n  b c.mp4 abseiling\r\n"),
+}
+
+
+@pytest.mark.parametrize("name, text", NAMED.values(), ids=NAMED)
+def test_class_names_as_labels(tmp_path, name, text):
+    paths, labels, extents, classes = listed(tmp_path, text, name)
+    assert classes is not None and classes == sorted(classes) and {"abseiling", "riding a bike"} <= set(classes)
+    assert [path.removesuffix(".mp4") for path in paths[:2]] == ["a/one", "b c"] and extents is None
+    assert labels is not None and [classes[label] for label in labels[:2]] == ["riding a bike", "abseiling"]
+    known = ["x", *reversed(classes)]
+    found = listed(tmp_path, text, name, classes=known)
+    assert found.labels is not None and [known[label] for label in found.labels[:2]] == ["riding a bike", "abseiling"]
+    assert found.classes == known
+
+
+def test_names_in_all_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_lists, "BLOCK", 300)
+    rows = [(f"class {k % 7}/video {k}.mp4", f"class {'gfedcba'[k % 7]}") for k in range(500)]
+    texts = {
+        "l.txt": "".join(f"{path} {name}\n" for path, name in rows),
+        "l.csv": "path,label\n" + "".join(f'"{path}",{name}\n' for path, name in rows),
+        "l.jsonl": "".join(json.dumps({"path": path, "label": name}) + "\n" for path, name in rows),
+        "l.json": json.dumps([{"path": path, "label": name} for path, name in rows], indent=1),
+    }
+    for name, text in texts.items():
+        found = listed(tmp_path, text, name)
+        assert found.paths == [path for path, _ in rows] and found.classes == [f"class {x}" for x in "abcdefg"]
+        assert found.labels is not None and found.labels.tolist() == [6 - k % 7 for k in range(500)]
+
+
+NAME_FAULTS = [
+    ("l.txt", "a.mp4 cat\nb.mp4 dog\nc.mp4 3\n", "l.txt:3: expected the name of a class, as in the first lines, got "),
+    ("l.txt", "a.mp4 cat\nb.mp4 dog\nc.mp4\n", "l.txt:3: expected 'path class name', got 'c.mp4'"),
+    ("l.txt", "a.mp4 cat\nb.mp4 dog\na.mp4 dog\n", "l.txt:3: expected the label 0, as l.txt:1 says of 'a.mp4', got 1"),
+    ("l.csv", "path,label\na,cat\nb,dog\nc,\n", "l.csv:4: expected the name of a class, as in the first lines, got ''"),
+    ("l.csv", "path,label\na,cat\nb,dog\nc,7\n", "l.csv:4: expected the name of a class"),
+    ("l.csv", "path,label\na,1\nb,2\nc,dog\n", "l.csv:4: expected an integer label, got 'dog'"),
+    ("l.json", '[{"path": "a", "label": "x"}, {"path": "b", "label": 1}]', "l.json:entry 2: expected the name of a"),
+    ("l.json", '[{"path": "a", "label": 1}, {"path": "b", "label": "x"}]', "l.json:entry 2: expected an integer label"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, text, sentence", NAME_FAULTS)
+def test_faults_of_class_names(tmp_path, name, text, sentence):
+    assert refused(tmp_path, text, name).startswith(sentence)
+
+
+def test_an_unknown_class_has_its_line(tmp_path):
+    for name, text in (("l.txt", "a.mp4 cat\nb.mp4 dgo\n"), ("l.csv", "path,label\nb.mp4,dgo\n")):
+        expected = "l.{}:2: expected one of the 2 class names, got 'dgo'; did you mean 'dog'?"
+        assert refused(tmp_path, text, name, classes=["cat", "dog"]) == expected.format(name[2:])
+
+
+def test_json_is_read_in_pieces(tmp_path, monkeypatch):
+    """Every place a piece can end: within a number, a string, an escape, between entries."""
+    entries = [{"path": f'a\\u00e9"{k}.mp4', "label": 10**k} for k in range(9)]
+    for size in range(60, 90):
+        monkeypatch.setattr(json_lists, "LARGEST_ENTRY", size)
+        for indent in (None, 1):
+            found = listed(tmp_path, json.dumps(entries, indent=indent), "l.json")
+            assert found.labels is not None and found.labels.tolist() == [10**k for k in range(9)]
+            assert found.paths == [entry["path"] for entry in entries]
+    assert refused(tmp_path, "[" + " " * 5000 + "]", "l.json").startswith("l.json: expected lines like")
+    assert (
+        refused(tmp_path, '["a.mp4",\n' + "\n" * 5000 + "?]", "l.json")
+        == "l.json:5002: expected JSON, got: Expecting value"
+    )
+
+
+def test_a_bomb_of_json_takes_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lists, "LARGEST_ENTRY", 1000)
+    for name, text in (
+        ("l.json", '["a.mp4", [' + "[]," * 500_000 + "[]]]"),
+        ("l.json", '["a.mp4", "' + "x" * 1_500_000),
+    ):
+        (tmp_path / name).write_text(text)
+        tracemalloc.start()
+        with pytest.raises(DataError, match=r"l\.json:(1: expected JSON|entry 2: expected a path)"):
+            read_list(tmp_path / name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 500_000
+
+
+FORMS = {
+    "l.txt": ("", "{} {}\n"),
+    "l.csv": ("path,label\n", '"{}",{}\n'),
+    "l.jsonl": ("", '{{"path": "{}", "label": {}}}\n'),
+    "l.json": ("[\n", '{{"path": "{}", "label": {}}},\n'),
+    "names.txt": ("", "{} riding a bike {}\n"),
+}
+
+
+@pytest.mark.parametrize("name, head, line", [(name, *form) for name, form in FORMS.items()], ids=FORMS)
+def test_a_long_list_takes_what_its_samples_take(tmp_path, monkeypatch, name, head, line):
+    """A million lines are to load in 1 GB; of the 300 bytes a line may take here, 110 are its path."""
+    monkeypatch.setattr(text_lists, "BLOCK", 64 * 1024)
+    monkeypatch.setattr(json_lists, "LARGEST_ENTRY", 16 * 1024)
+    count = 20_000
+    lines = (line.format(f"riding a bike/video {k:07d}_000010_000020.mp4", k % 400) for k in range(count))
+    end = '{"path": "last.mp4", "label": 0}]' if name == "l.json" else ""
+    (tmp_path / name).write_text(head + "".join(lines) + end)
+    tracemalloc.start()
+    found = read_list(tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # what a block and 4096 entries of JSON take does not grow with the list
+    assert len(found.paths) in (count, count + 1) and peak < 300 * count + 2_500_000
 
 
 def test_the_official_kinetics_csv_is_pointed_to_its_source(tmp_path):
@@ -274,11 +397,11 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
         opened.truncate(64 * 1024**3)
     with pytest.raises(DataError, match=r"list.txt:1: expected a line of at most 65536 bytes"):
         read_list(file)
-    huge = tmp_path / "list.json"
+    huge = tmp_path / "huge.json"
     with huge.open("wb") as opened:
-        opened.truncate(annotations.LARGEST_JSON + 1)
-    with pytest.raises(DataError, match=r"expected a JSON file of at most 1073741824 bytes; use a text list"):
-        read_list(huge)
+        opened.truncate(text_lists.LARGEST_JSON + 1)
+    with pytest.raises(DataError, match=r"expected a JSON file of at most 67108864 bytes"):
+        text_lists.read_json(huge)
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 200_000)
     with pytest.raises(DataError, match=r"deep\.json"):

@@ -193,7 +193,7 @@ def test_lists_and_annotations_say_what_the_source_says(root):
         names = (root / "lists" / f"classes_{label}.txt").read_text().split()
         named = [row[label] for row in rows if (row["kind"], row["split"]) == (kind, split)]
         assert named == [names[k] for k in labels_of(ours)]
-        assert all(ours.path(index).is_file() for index in range(len(ours)))
+        assert all(ours.path(index).exists() for index in range(len(ours)))
     assert not (root / "lists" / "images_train_motion.txt").exists()
 
 

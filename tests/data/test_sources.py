@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_imagenet_list(tmp_path, list_at, prefix):
     name = "ILSVRC2012_name_train_list.txt"
     (tmp_path / list_at / name).write_text(f"{prefix}n02/b.JPEG 1\n{prefix}n01/a.JPEG 0\n")
     found = built("imagenet1k", root=tmp_path, list=name)
-    assert labels_of(found) == [1, 0] and all(found.path(k).is_file() for k in range(2))
+    assert labels_of(found) == [1, 0] and all(found.path(k).exists() for k in range(2))
 
 
 def test_what_imagenet_refuses(tmp_path):
@@ -169,10 +170,10 @@ def test_kinetics_official_csv(tmp_path, folder):
         UserWarning, match=r"1 of 4 videos of .*k400.csv are not in .*left out, first gone_000003_000013"
     ):
         found = sources.build(Part(name="kinetics400", options={"root": str(tmp_path), "annotations": "k400.csv"}))
-    assert [found.path(k).name for k in range(3)] == [
+    assert [Path(found.path(k)).name for k in range(3)] == [
         "-abc_1_000009_000019.mp4", "XYZ_000120_000130.mkv", "late_1000000_1000010.mp4"
     ]  # fmt: skip
-    assert all(found.path(k).is_file() for k in range(3))
+    assert all(found.path(k).exists() for k in range(3))
     assert found.classes == ["archery", "cooking, outside", "riding a bike"] and labels_of(found) == [2, 1, 2]
     assert found.frames == Frames(16, 8, "interval")
 
@@ -189,7 +190,7 @@ def test_kinetics_list_and_folders(tmp_path):
     for prefix in ("", "train/"):
         (tmp_path / "k400_train.txt").write_text(f"{prefix}riding a bike/a.mp4 273\n{prefix}archery/b.mp4 5\n")
         found = built("kinetics400", root=tmp_path, list="k400_train.txt")
-        assert labels_of(found) == [273, 5] and all(found.path(k).is_file() for k in range(2))
+        assert labels_of(found) == [273, 5] and all(found.path(k).exists() for k in range(2))
     found = built("kinetics400", root=tmp_path)
     assert found.paths == ["archery/b.mp4", "riding a bike/a.mp4"] and labels_of(found) == [0, 1]
     assert found.classes == ["archery", "riding a bike"] and found.root == tmp_path / "train"
@@ -234,7 +235,7 @@ def test_something_v2_json(tmp_path, folder, suffix):
     found = built("something_v2", root=tmp_path, annotations="train.json", mode="uniform", frames=32)
     assert found.paths == [f"{folder}78687{suffix}", f"{folder}42326{suffix}"] and labels_of(found) == [1, 0]
     assert found.classes == ["Putting something into something", "Holding something"]
-    assert found.frames == Frames(32, 8, "uniform") and all(found.path(k).is_file() for k in range(2))
+    assert found.frames == Frames(32, 8, "uniform") and all(found.path(k).exists() for k in range(2))
 
 
 def test_something_v2_without_labels(tmp_path):
@@ -293,7 +294,7 @@ def test_diving48(tmp_path, folder):
     assert labels_of(found) == [26, 0, 47] and found.extents is None
     (tmp_path / "list.txt").write_text("_8Vy3dlHg2w_00000.mp4 26\n")
     found = built("diving48", root=tmp_path, annotations="list.txt")
-    assert labels_of(found) == [26] and found.path(0).is_file()
+    assert labels_of(found) == [26] and found.path(0).exists()
 
 
 @pytest.mark.parametrize(
@@ -310,6 +311,108 @@ def test_diving48(tmp_path, folder):
 def test_what_diving48_refuses(tmp_path, entry, sentence):
     (tmp_path / "train.json").write_text(json.dumps([entry]))
     assert sentence in refused("diving48", root=tmp_path, annotations="train.json")
+
+
+# ucf101 and hmdb51
+
+UCF = {
+    "classInd.txt": "1 ApplyEyeMakeup\r\n2 HandstandPushups\r\n",
+    "trainlist01.txt": "HandstandPushups/v_H_g08_c01.avi 2\r\nApplyEyeMakeup/v_A_g08_c01.avi 1\r\n",
+    "testlist01.txt": "HandstandPushups/v_H_g01_c01.avi\n",
+}
+
+
+def written(folder, texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("lists", ["ucfTrainTestlist", "", "elsewhere"])
+@pytest.mark.parametrize("videos", ["UCF-101/HandstandPushups/{}.avi", "HandstandPushups/{}.mp4", "flat/{}.avi"])
+def test_ucf101(tmp_path, lists, videos):
+    written(tmp_path / lists, UCF)
+    tree(tmp_path, videos.format("v_H_g08_c01"), videos.format("v_H_g01_c01"))
+    options = {"lists": lists} if lists == "elsewhere" else {}
+    found = built("ucf101", root=tmp_path, **options)
+    # ids count from 0; a missing video stays in the list
+    assert labels_of(found) == [1, 0] and found.classes == ["ApplyEyeMakeup", "HandstandPushups"]
+    assert found.paths == [videos.format("v_H_g08_c01"), "ApplyEyeMakeup/v_A_g08_c01.avi"]
+    found = built("ucf101", root=tmp_path, split="test", frames=32, **options)
+    assert labels_of(found) == [1] and found.path(0).exists() and found.frames == Frames(32, 8, "interval")
+
+
+@pytest.mark.parametrize(
+    "file, text, sentence",
+    [
+        ("trainlist01.txt", "ApplyEyeMakeup/a.avi 1\nApplyEyeMakeup/b.avi 2\n",
+         "trainlist01.txt:2: expected the label 1, as classInd.txt has ApplyEyeMakeup, got 2"),
+        ("trainlist01.txt", "Other/a.avi 1\n", "trainlist01.txt:1: expected Class/video.avi, with a class of classInd"),
+        ("trainlist01.txt", "a.avi 1\n", "trainlist01.txt:1: expected Class/video.avi"),
+        ("trainlist01.txt", "../../ApplyEyeMakeup/a.avi 1\n", "trainlist01.txt:1: expected a path inside the root"),
+        ("trainlist01.txt", "\n", "trainlist01.txt: expected lines like"),
+        ("classInd.txt", "1 A\n3 B\n", "classInd.txt: expected the class ids 0 to 1, each once, got [1, 3]"),
+    ],
+)  # fmt: skip
+def test_what_ucf101_refuses(tmp_path, file, text, sentence):
+    written(tmp_path, UCF | {file: text})
+    assert sentence in refused("ucf101", root=tmp_path)
+    assert "the list trainlist02.txt does not exist" in refused("ucf101", root=tmp_path, fold=2)
+
+
+HMDB = {"clap_test_split1.txt": "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi 1 \nb(1)&c.avi 2 \nneither.avi 0 \n",
+        "brush_hair_test_split1.txt": "a.avi 1\nc.avi 1\n", "clap_test_split2.txt": "b(1)&c.avi 1\n"}  # fmt: skip
+
+
+@pytest.mark.parametrize("lists", ["testTrainMulti_7030_splits", "test_train_splits", "", "elsewhere"])
+def test_hmdb51(tmp_path, lists):
+    written(tmp_path / lists, HMDB)
+    tree(tmp_path, "clap/#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi", "clap/b(1)&c.mp4", "clap/a.avi", "brush_hair/a.avi")
+    options = {"lists": str(tmp_path / lists)} if lists == "elsewhere" else {}
+    found = built("hmdb51", root=tmp_path, **options)
+    assert found.classes == ["brush_hair", "clap"] and labels_of(found) == [0, 0, 1]
+    assert found.paths == ["brush_hair/a.avi", "brush_hair/c.avi", "clap/#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi"]
+    found = built("hmdb51", root=tmp_path, split="test", **options)
+    assert labels_of(found) == [1] and found.path(0) == tmp_path / "clap/b(1)&c.mp4"
+    assert labels_of(built("hmdb51", root=tmp_path, fold=2, **options)) == [0]
+
+
+def test_what_hmdb51_refuses(tmp_path):
+    assert "there are no lists like brush_hair_test_split1.txt in" in refused("hmdb51", root=tmp_path)
+    for line in ("a.avi 3", "a.avi", "1", "../a.avi 1", "/etc/passwd 1"):
+        written(tmp_path, {"clap_test_split1.txt": f"fine.avi 1\n{line}\n"})
+        assert "clap_test_split1.txt:2: expected 'name.avi flag', with a flag of 0, 1 or 2" in refused(
+            "hmdb51", root=tmp_path
+        )
+
+
+# classes
+
+
+def test_a_file_of_classes_for_lists(tmp_path):
+    (tmp_path / "train.txt").write_text("a.mp4 run\nb.mp4 jump high\n")
+    assert built("file_list", root=tmp_path, list="train.txt").classes == ["jump high", "run"]
+    for name, text in (
+        ("classes.txt", "run\nswim\njump high\n"),
+        ("ind.txt", "1 run\n2 swim\n3 jump high\n"),
+        ("labels.csv", "id,name\n0,run\n1,swim\n2,jump high\n"),
+        ("labels.json", '{"swim": 1, "run": "0", "jump high": 2}'),
+        ("names.json", '["run", "swim", "jump high"]'),
+    ):
+        (tmp_path / name).write_text(text)
+        found = built("file_list", root=tmp_path, list="train.txt", classes=name)
+        assert labels_of(found) == [0, 2] and found.classes == ["run", "swim", "jump high"]
+    for text, sentence in (
+        ("runs\njump high\n", "train.txt:1: expected one of the 2 class names, got 'run'; did you mean 'runs'?"),
+        ("run\nrun\n", "classes.txt: expected the name of each class once, got 'run' twice"),
+        ("", "classes.txt: expected the names of the classes, a line each, got []"),
+    ):
+        (tmp_path / "classes.txt").write_text(text)
+        assert sentence in refused("file_list", root=tmp_path, list="train.txt", classes="classes.txt")
+    assert "the list no.txt does not exist" in refused("file_list", root=tmp_path, list="train.txt", classes="no.txt")
+    assert "train.txt:2: expected the names of 1 classes" in refused(
+        "file_list", root=tmp_path, list="train.txt", classes=1
+    )
 
 
 # preflight

@@ -3,8 +3,9 @@
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from bevt_fast.config import Part, Positive, Section, open_part
+from bevt_fast.data.packed import Packed, PackedPaths
 from bevt_fast.errors import DataError
 
 CHECK_ALL, CHECK_SOME = (
@@ -47,11 +49,14 @@ class ClipOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A list of files. `paths` are relative to `root` (or absolute); flat, so that a million lines are cheap."""
+    """A list of files. `paths` are relative to `root` (or absolute); flat, so that a million lines are cheap.
+
+    Images may live inside other files; `paths` are then `PackedPaths`, and `path` gives a `Packed`.
+    """
 
     name: str
     root: Path
-    paths: list[str]
+    paths: Sequence[str]
     labels: np.ndarray | None = None  # (n,) int64
     classes: list[str] | None = None  # class names, by label
     frames: Frames | None = None  # None: the files are images
@@ -65,9 +70,21 @@ class Source:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> Path | Packed:
         """The file of sample `index`."""
+        if isinstance(self.paths, PackedPaths):
+            return self.paths.file(self.root, index)
         return self.root / self.paths[index]
+
+    def take(self, indices: Sequence[int]) -> "Source":
+        """The samples `indices` as a source of their own."""
+        rows = np.array(indices, dtype=np.int64)
+        return replace(
+            self,
+            paths=self.paths.take(rows) if isinstance(self.paths, PackedPaths) else [self.paths[i] for i in indices],
+            labels=None if self.labels is None else self.labels[rows],
+            extents=None if self.extents is None else self.extents[rows],
+        )
 
     def extent(self, index: int) -> tuple[int, int]:
         """First frame and number of frames (-1: all) that belong to sample `index`."""
@@ -102,7 +119,7 @@ def preflight(source: Source, allowed_share: float = 0.0) -> int:
     return len(missing)
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Path | Packed) -> bool:
     try:
         return path.exists()
     except OSError:  # a folder we may not enter, a name too long

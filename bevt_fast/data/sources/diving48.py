@@ -8,8 +8,9 @@ they stand in the file.
 from pathlib import Path
 from typing import Any
 
-from bevt_fast.data.annotations import Listing, collect, json_entries, read_list
+from bevt_fast.data.annotations import Listing, collect, read_list
 from bevt_fast.data.folders import VIDEOS, by_stem, check_root, find_list, walk, where_they_are
+from bevt_fast.data.json_lists import json_entries
 from bevt_fast.data.sources import ClipOptions, Source
 from bevt_fast.data.text_lists import Rows, integer, shown
 from bevt_fast.errors import DataError

@@ -6,22 +6,26 @@ the class if every file lies in a folder. With one, paths are relative to `root`
 
 from typing import Literal
 
+from bevt_fast.config import Positive
 from bevt_fast.data.annotations import read_list
+from bevt_fast.data.class_names import find_classes
 from bevt_fast.data.folders import IMAGES, VIDEOS, by_class, check_root, find_list, walk
+from bevt_fast.data.list_forms import Columns, Delimiter
 from bevt_fast.data.sources import ClipOptions, Source
-from bevt_fast.data.text_lists import Columns, Delimiter
 from bevt_fast.errors import DataError
 
 
 class Options(ClipOptions):
-    """`classes` is the number of classes of a list, to refuse labels beyond it. `kind` says what the files are."""
+    """`classes` is the number of classes of a list, or a file of their names: labels beyond it are refused. `kind` says
+    what the files are.
+    """
 
     root: str
     list: str | None = None
     kind: Literal["clips", "images"] = "clips"
     columns: Columns = "auto"
     delimiter: Delimiter = "auto"
-    classes: int | None = None
+    classes: Positive | str | None = None
 
 
 def build(options: Options) -> Source:
@@ -30,7 +34,8 @@ def build(options: Options) -> Source:
     frames = options.drawn() if options.kind == "clips" else None
     if options.list is not None:
         file = find_list(options.list, root)
-        listing = read_list(file, columns=options.columns, delimiter=options.delimiter, classes=options.classes)
+        classes = find_classes(options.classes, root, file.parent)
+        listing = read_list(file, columns=options.columns, delimiter=options.delimiter, classes=classes)
         return Source(name="file_list", root=root, frames=frames, min_frames=options.min_frames, **listing._asdict())
     wanted, others = (VIDEOS, IMAGES) if options.kind == "clips" else (IMAGES, VIDEOS)
     paths = walk(root, wanted)

@@ -7,10 +7,11 @@ The class of a video is its template without the brackets, and its id stands in 
 from pathlib import Path
 from typing import Any
 
-from bevt_fast.data.annotations import Listing, collect, json_entries, read_json, read_list
+from bevt_fast.data.annotations import Listing, collect, read_list
 from bevt_fast.data.folders import VIDEOS, by_stem, check_root, find_list, walk, where_they_are
+from bevt_fast.data.json_lists import json_entries
 from bevt_fast.data.sources import ClipOptions, Source
-from bevt_fast.data.text_lists import Rows, integer, shown
+from bevt_fast.data.text_lists import Rows, integer, read_json, shown
 from bevt_fast.errors import DataError
 
 CLASSES = 174
@@ -68,10 +69,11 @@ def _official(file: Path, root: Path, classes: list[str] | None) -> Listing:
     stems = by_stem(walk(root, VIDEOS))
     suffix = next((Path(path).suffix for path in stems.values()), ".webm")
     number = {name: k for k, name in enumerate(classes or [])}
-    entries = list(json_entries(file))
-    labelled = classes is not None and any(isinstance(entry, dict) and "template" in entry for _, entry in entries)
+    labelled = classes is not None and any(
+        isinstance(entry, dict) and "template" in entry for _, entry in json_entries(file)
+    )
     rows = []
-    for k, entry in entries:
+    for k, entry in json_entries(file):
         video = _video(entry, f"{file}:entry {k}")
         values = []
         if labelled:

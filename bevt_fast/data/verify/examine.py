@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 
 from bevt_fast.data import decode, phases
 from bevt_fast.data.decode import BadFile
+from bevt_fast.data.packed import File, Part, opened
 
 Depth = Literal["headers", "ends", "full"]
 DEPTHS: tuple[Depth, ...] = ("headers", "ends", "full")
@@ -44,13 +46,24 @@ NVDEC = {
 
 
 class Job(NamedTuple):
-    """A file to check, as a source lists it: all of it, or `count` frames from `first` on."""
+    """A file to check, as a source lists it: all of it, or `count` frames from `first` on.
+
+    An image in a tar shard is `count` bytes from byte `first` of `shard`.
+    """
 
     path: str
     kind: str  # "clips" or "images"
     first: int = 0
     count: int = -1
     min_frames: int = 1
+    shard: str = ""
+
+    @property
+    def file(self) -> File:
+        """What `decode` opens."""
+        if not self.shard:
+            return self.path
+        return Part(Path(self.shard), self.path[len(self.shard) + 1 :], self.first, self.count)
 
 
 class Look(NamedTuple):
@@ -95,12 +108,15 @@ def examine(job: Job, depth: Depth) -> dict[str, Any]:
 
 
 def _image(job: Job, depth: Depth, row: dict[str, Any]) -> None:
-    found = decode.probe_image(job.path)
-    row |= found._asdict() | {"container": "image", "frame_rate": ""}
-    with suppress(Exception), Image.open(job.path) as image:  # damaged EXIF data matters to nobody else
+    row |= _columns(decode.probe_image(job.file)) | {"container": "image", "frame_rate": ""}
+    with (
+        suppress(Exception),
+        opened(job.file) as content,
+        Image.open(content) as image,
+    ):  # damaged EXIF data matters to nobody else
         row["exif_orientation"] = image.getexif().get(ORIENTATION, "")
     if depth != "headers":
-        decode.read_image(job.path)
+        decode.read_image(job.file)
 
 
 def _folder(job: Job, depth: Depth, row: dict[str, Any]) -> None:
@@ -208,7 +224,7 @@ def answer(lines: Iterator[str], answers: TextIO, depth: Depth, timeout: float) 
     for line in lines:
         job, known = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
-        seen = look(job[0])
+        seen = look(Job(*job).shard or job[0])
         say(seen)
         same = known is not None and seen is not None and tuple(known) == seen
         say(None if same else examine(Job(*job), depth))

@@ -17,7 +17,7 @@ COLUMNS = (
     *("path", "status", "reason", "container", "codec", "pixel_format", "width", "height", "rotation", "frames"),
     *("duration_s", "fps", "frame_rate", "keyframe_longest", "keyframe_mean", "phases"),
     *("exif_orientation", "bytes"),
-    *("decoder", "nvdec", "depth", "kind", "first", "count", "min_frames", "changed_ns"),
+    *("decoder", "nvdec", "depth", "kind", "first", "count", "min_frames", "shard", "changed_ns"),
 )
 ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
 
@@ -128,7 +128,8 @@ def _depth(row: dict[str, str]) -> int:
 
 
 def _job(row: dict[str, str]) -> Job:
-    return Job(row["path"], row["kind"], int(row["first"]), int(row["count"]), int(row["min_frames"]))
+    numbers = (int(row[name]) for name in ("first", "count", "min_frames"))
+    return Job(row["path"], row["kind"], *numbers, shard=row["shard"])
 
 
 def _key(job: Job) -> int:

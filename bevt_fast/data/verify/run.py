@@ -24,6 +24,7 @@ from tqdm import tqdm
 from bevt_fast.config import Config
 from bevt_fast.data import decode, pipeline, sources
 from bevt_fast.data.decode import Probe
+from bevt_fast.data.packed import PackedPaths, Part
 from bevt_fast.data.sources import Source
 from bevt_fast.data.verify import cleaned, processes
 from bevt_fast.data.verify.examine import Depth, Job
@@ -140,8 +141,11 @@ def _may_pass(row: dict[str, str], how: How) -> bool:
 
 def _jobs(source: Source) -> Iterator[Job]:
     for index in range(len(source)):
-        path = str(source.path(index))
-        if source.frames is None:
+        file = source.path(index)
+        path = str(file)
+        if isinstance(file, Part):
+            yield Job(path, "images", file.offset, file.size, shard=str(file.file))
+        elif source.frames is None:
             yield Job(path, "images")
         else:
             yield Job(path, "clips", *source.extent(index), source.min_frames)
@@ -205,6 +209,8 @@ def _use(one: Listed, good: array, name: Path, config: str) -> list[str]:
     """Write the list of the good files; how to train on it."""
     if not good:
         return ["no file is good, so there is no list"]
+    if isinstance(one.source.paths, PackedPaths):
+        return ["no list names files in shards; a run replaces the bad ones, or pack the shards without them"]
     part = cleaned.write(one.source, good, name)
     if part is None:
         return ["no list can say these extents; leave out of your own what quarantine.jsonl names"]
