@@ -86,6 +86,7 @@ class Run:
             world_size=world.size,
             device=world.device,
             first_step=self.first_step,
+            dtype=self.engine.dtype,
         )
         self.flops = step_flops(config)
         self.metrics = Metrics(
@@ -178,8 +179,8 @@ class Run:
             "data/quarantined": len(self.quarantine),
             "data/worker_restarts": self._restarts,
         }
-        self.metrics.log(step, values, waited=self.batches.waited)
-        self.batches.waited = 0.0
+        pace = self.batches.pace()
+        self.metrics.log(step, values, waited=pace.waited, remedy=pace.advice())
 
     def must_stop(self) -> int:
         """The exit code to stop with, agreed by all processes: a signal, or too many bad files (raises DataError)."""
