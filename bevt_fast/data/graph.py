@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -61,7 +62,7 @@ class GraphReader(StreamReader):
         drawn = self.draw(*slot.place, slot.file)
         if self.dali is not None and self._is_for_dali(slot.file):
             with contextlib.suppress(OSError):  # PyAV finds the words for a file that cannot be read
-                return Prepared(slot, drawn, self.dali.inputs(self.job(drawn, slot.file)))
+                return Prepared(slot, drawn, self.dali.inputs(self._job(drawn, slot.file)))
         return self.decoded(slot, drawn)
 
     def decoded(self, slot: Slot, drawn: Draw) -> Prepared:
@@ -71,7 +72,9 @@ class GraphReader(StreamReader):
 
     def _is_for_dali(self, file: int) -> bool:
         taken = pipeline.takes_on_gpu if self.device.type == "cuda" else pipeline.takes
-        return taken(self.probed(file)) and self.source.path(file).stat().st_size <= pipeline.LARGEST_FILE
+        path = self.source.path(file)
+        size = path.stat().st_size if isinstance(path, Path) else 0  # what is packed with others is small
+        return taken(self._probed(file)) and size <= pipeline.LARGEST_FILE
 
 
 def pack(samples: Sequence[Prepared]) -> tuple[list[tuple[Prepared, str, tuple[int, ...]]], Tensor]:

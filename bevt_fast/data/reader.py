@@ -142,7 +142,7 @@ class StreamReader(Dataset):
 
     def draw(self, epoch: int, index: int, file: int) -> Draw:
         """The draw of slot `index` in pass `epoch`, to be read from `file`: `index` itself, or its substitute."""
-        found = self.probed(file)
+        found = self._probed(file)
         rng = sampling.random_for(self.seed, self.key, epoch, index, "view")
         frames, steps = None, None
         if self.source.frames is not None:
@@ -158,8 +158,8 @@ class StreamReader(Dataset):
         draws = [or_bad(self.draw, *slot.place, slot.file) for slot in slots]
         jobs: dict[int, Job] = {}  # what DALI reads, all at once
         for k, (drawn, slot) in enumerate(zip(draws, slots)):
-            if self.dali is not None and isinstance(drawn, Draw) and pipeline.takes(self.probed(slot.file)):
-                jobs[k] = self.job(drawn, slot.file)
+            if self.dali is not None and isinstance(drawn, Draw) and pipeline.takes(self._probed(slot.file)):
+                jobs[k] = self._job(drawn, slot.file)
         cut = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
         outcomes: list[Sample | BadFile] = []
         for k, (drawn, slot) in enumerate(zip(draws, slots)):
@@ -173,8 +173,7 @@ class StreamReader(Dataset):
             outcomes.append(pixels if isinstance(pixels, BadFile) else Sample(pixels, drawn.mask))
         return outcomes
 
-    def job(self, drawn: Draw, file: int) -> Job:
-        """What DALI is asked for."""
+    def _job(self, drawn: Draw, file: int) -> Job:
         first = self.source.extent(file)[0]
         frames = None if drawn.frames is None else [first + frame for frame in drawn.frames]
         return Job(self.source.path(file), frames, drawn.crop)
@@ -201,8 +200,7 @@ class StreamReader(Dataset):
         fault = {"stream": self.name, "path": path, "kind": error.kind, "reason": reason}
         return fault | {"epoch": epoch, "index": file, "substitute": substitute}
 
-    def probed(self, file: int) -> Probe:
-        """What is known of a file from its header. Raises BadFile."""
+    def _probed(self, file: int) -> Probe:
         path = self.source.path(file)
         if self.source.frames is None:
             return self._remembering(file, lambda: decode.probe_image(path))
