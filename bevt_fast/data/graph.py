@@ -60,8 +60,8 @@ class GraphReader(StreamReader):
     def prepare(self, slot: Slot) -> Prepared:
         """Draws the sample and reads its file. Raises BadFile."""
         drawn = self.draw(*slot.place, slot.file)
-        if self.dali is not None and self._is_for_dali(slot.file):
-            with contextlib.suppress(OSError):  # PyAV finds the words for a file that cannot be read
+        with contextlib.suppress(OSError):  # PyAV finds the words for a file that cannot be read
+            if self.dali is not None and self._is_for_dali(slot.file):
                 return Prepared(slot, drawn, self.dali.inputs(self._job(drawn, slot.file)))
         return self.decoded(slot, drawn)
 

@@ -1,11 +1,10 @@
 """The same views as `pipeline_reference.py`, with NVIDIA DALI. The only file that imports it.
 
-DALI decodes to the same bits as `decode.py`. On a CPU the reference cuts the views from what it decodes, which is
-faster and makes the choice of decoder change no batch (`DaliViews`); on a GPU the graph does all of it (`DaliCrops`).
-What is random reaches the graph as numbers, so DALI draws nothing itself. Its bicubic kernel is another (a = -0.5,
-OpenCV has -0.75), so what the graph rescales differs by half a grey level on average. A damaged file ends a pipeline:
-it is built anew and the batch goes through it one by one. What DALI refuses is asked of PyAV: damage outside a clip
-replaces nothing.
+On a CPU DALI decodes to the bits of `decode.py` and the reference cuts the views, which is faster and makes the choice
+of decoder change no batch (`DaliViews`); on a GPU the graph does all of it (`DaliCrops`). What is random reaches the
+graph as numbers. Its bicubic kernel is another (a = -0.5, OpenCV has -0.75), so what it rescales differs by half a grey
+level on average. A damaged file ends a pipeline: it is built anew and the batch goes through it one by one. What DALI
+refuses is asked of PyAV: damage outside a clip replaces nothing.
 """
 
 import ctypes
@@ -28,6 +27,7 @@ GPU_CODECS = {"h264", "hevc", "vp8", "vp9"}  # what the NVDEC of every GPU since
 SMALLEST_ON_GPU = 144  # pixels a side; NVDEC refuses smaller HEVC pictures
 LARGEST_FILE = 2**26  # bytes; a longer file would travel whole to the GPU for the sake of one clip
 MAX_REBUILDS = 1000  # of a stream's decoding pipeline; two for each clip that DALI refuses
+MAX_REFUSED = 50  # files in a row; then it is not the files
 
 Kind = Literal["clips", "images"]
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ class DaliCrops:
     def __init__(self, kind: Kind, size: int, batch: int, device: torch.device, threads: int = 1):
         self.kind: Kind = kind
         self.size, self.batch, self.device, self.threads = size, batch, device, threads
-        self.rebuilds = 0
+        self.rebuilds = self._refused = 0
         self._pipelines: dict[str, Any] = {}
 
     def __call__(self, samples: Sequence[Mapping[str, np.ndarray]]) -> list[Tensor | str]:
@@ -155,16 +155,19 @@ class DaliCrops:
 
     def _cut(self, first: str, samples: Sequence[Mapping[str, np.ndarray]]) -> Sequence[Tensor | str]:
         try:
-            return self._run(first, samples).unbind()
+            crops = self._run(first, samples).unbind()
+            self._refused = 0 if first == "encoded" else self._refused
+            return crops
         except RuntimeError as error:
             if first == "pictures":  # nothing is decoded here: it is not a file's fault
                 raise
             del self._pipelines[first]  # DALI: "current pipeline object is no longer valid"
             self.rebuilds += 1
-            if self.rebuilds > MAX_REBUILDS:
+            self._refused += len(samples) == 1
+            if self.rebuilds > MAX_REBUILDS or self._refused > MAX_REFUSED:
                 raise MachineError(
-                    f"{self.kind}: DALI refused files until its pipeline was rebuilt {MAX_REBUILDS} times, the last "
-                    f'time with: {_reason(error)}; set data.decoder to "pyav", or remove the damaged files'
+                    f"{self.kind}: DALI refused {self._refused} files in a row and was rebuilt {self.rebuilds} times, "
+                    f'the last time for: {_reason(error)}; set data.decoder to "pyav", or remove damaged files'
                 ) from None
             if len(samples) == 1:
                 return [_reason(error)]

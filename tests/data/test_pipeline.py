@@ -275,9 +275,15 @@ def test_the_graph_names_the_damaged_samples_of_a_batch_and_cuts_the_others(tmp_
         assert isinstance(reason, str) and reason
         assert isinstance(first, torch.Tensor) and isinstance(third, torch.Tensor) and torch.equal(first, third)
         assert graph.rebuilds == 2 * times  # the batch, and the file alone
-    monkeypatch.setattr(pipeline, "MAX_REBUILDS", 5)
-    with pytest.raises(MachineError, match=r"rebuilt 5 times, the last time with: .*pyav"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(MachineError, match=r"rebuilt 6 times, the last time for: .*pyav"),
+    ):
+        patch.setattr(pipeline, "MAX_REBUILDS", 5)
         graph(samples)
+    monkeypatch.setattr(pipeline, "MAX_REFUSED", 2)
+    with pytest.raises(MachineError, match="DALI refused 3 files in a row"):
+        graph([samples[1]] * 3)
 
 
 def test_what_is_decoded_on_a_gpu():
