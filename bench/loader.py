@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import os
 import sys
 import tempfile
 import time
@@ -196,13 +197,13 @@ def line(row: Row) -> str:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children, also of those that still run."""
+    """Of this process and of its children that still run, all threads."""
     seconds = time.process_time()
-    with contextlib.suppress(OSError):
-        for path in Path("/proc/self/task").glob("*/children"):
-            for child in path.read_text().split():
-                with contextlib.suppress(OSError, ValueError, IndexError):
-                    seconds += int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) / 1e9
+    for path in Path("/proc/self/task").glob("*/children"):
+        for child in path.read_text().split():
+            with contextlib.suppress(OSError):
+                user, system = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+                seconds += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -152,6 +153,24 @@ def test_dali_gives_the_same_bits(name, tmp_path):
         assert isinstance(found, np.ndarray) and job.frames
         expected = pipeline_reference.clip_pixels(read_frames(path, job.frames), job.crop)
         np.testing.assert_array_equal(found, expected)
+
+
+@needs_dali
+def test_dali_counts_the_frames_an_edit_list_leaves(tmp_path):
+    """As PyAV does: a clip that was cut without encoding it anew holds frames before its beginning."""
+    path = tmp_path / "cut.mp4"
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as output:
+        stream = output.add_stream("libvpx-vp9", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 96, 144, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(media.picture(k, 96, 144), format="rgb24") for k in range(40)]
+        for packet in [packet for frame in (*frames, None) for packet in stream.encode(frame)]:
+            packet.pts, packet.dts = (packet.pts or 0) - 10, (packet.dts or 0) - 10
+            output.mux(packet)
+    assert probe(path).frames == 30 and pipeline.takes(probe(path))
+    (found,) = cut_in_graph("clips", [Job(path, [0, 5, 20], CROPS[0])])
+    expected = read_frames(path, [0, 5, 20])
+    assert [media.number(frame) for frame in expected] == [10, 15, 30]
+    np.testing.assert_array_equal(found, pipeline_reference.clip_pixels(expected, CROPS[0]))
 
 
 @needs_dali
