@@ -147,7 +147,9 @@ class Train(Section):
 
 
 class Data(Section):
-    """Reading files. `decoder` "dali" takes VP9/MJPEG clips and JPEGs through NVIDIA DALI and the rest through PyAV."""
+    """Reading files. `decoder` "dali" takes what it can through NVIDIA DALI, on a GPU if there is one, the rest through
+    PyAV.
+    """
 
     decoder: Literal["pyav", "dali"] = "pyav"
     workers: Annotated[int, Field(ge=0, strict=True)] = 2  # processes per stream; 0 reads in the training process

@@ -1,14 +1,18 @@
 """Two endless streams paired into joint batches, read ahead by worker processes.
 
 A worker is given the number of a micro-batch and returns it whole, as bytes; the training process makes numbers of them
-on its device. Which process reads what changes no batch: that is decided in `reader.py`.
+on its device. On a GPU with data.decoder "dali" the workers return files instead, and `graph.py` decodes them there.
+Which process reads what changes no batch: that is decided in `reader.py`.
 """
 
 import contextlib
+import functools
 import gc
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import threading
 import time
@@ -17,17 +21,22 @@ from typing import Any
 
 import cv2
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bevt_fast.config import Config, Data
-from bevt_fast.data import pipeline_reference
+from bevt_fast.data import pace, pipeline, pipeline_reference
 from bevt_fast.data.batch import Clips, Images, JointBatch, send, unknown
+from bevt_fast.data.graph import GraphFeed, GraphReader
+from bevt_fast.data.pace import Busy, Pace
 from bevt_fast.data.reader import StreamReader
 from bevt_fast.data.sources import Source
 from bevt_fast.data.token_cache import TokenCache
-from bevt_fast.errors import DataError, UserError
+from bevt_fast.errors import DataError, MachineError, UserError
 
 MAX_RESTARTS = 3  # of a stream's worker pool (NEEDS F08)
+
+logger = logging.getLogger(__name__)
 
 
 class Loader:
@@ -35,7 +44,8 @@ class Loader:
     on the CPU.
 
     `sources` maps "clips" and "images" to a Source or None. `heldout=True` reads sources of samples never trained on:
-    always the same views, without augmentation.
+    always the same views, without augmentation. The encoder's pixels are of `dtype`. `in_graph` says whether DALI cuts
+    the views on the device; None: on a GPU with data.decoder "dali".
     """
 
     def __init__(
@@ -49,36 +59,54 @@ class Loader:
         first_step: int = 0,
         heldout: bool = False,
         caches: Mapping[str, TokenCache] | None = None,
+        dtype: torch.dtype = torch.float32,
+        in_graph: bool | None = None,
     ):
+        self.device, self.dtype = torch.device(device), dtype
         self.not_cached = 0  # samples whose targets the caches did not have
-        self.waited = 0.0  # seconds spent waiting for data; the reader sets it back to 0
-        self.device = torch.device(device)
         self._records: list[dict[str, Any]] = []
-        self._feeds: dict[str, _Feed] = {}
+        self._feeds: dict[str, _Feed | GraphFeed] = {}
+        self._busy: dict[str, Busy] = {}
+        self._cutting = 0.0
+        self._stopwatch = pace.Stopwatch(self.device)
+        self._since: float | None = None  # when the interval of `pace` began
+        self.data, in_graph = _possible(config, self.device, in_graph)
+        config = config.model_copy(update={"data": self.data})
         for name in ("clips", "images"):
             source = sources.get(name)
             if source is None or getattr(config, name) is None:
                 continue
             if not len(source):
                 raise DataError(f"{name}: the source {source.name!r} has no files")
-            reader = StreamReader(config, name, source, rank=rank, world_size=world_size, heldout=heldout)
+            where: dict[str, Any] = {"rank": rank, "world_size": world_size, "heldout": heldout}
+            if in_graph:
+                reader = GraphReader(config, name, source, device=self.device, **where)
+                pool = _Feed(reader, first_step * reader.accumulation, self.data, pin=False)
+                finish = functools.partial(self._batch, name)
+                self._feeds[name] = GraphFeed(reader, pool, finish, self.data.prefetch)
+                continue
+            reader = StreamReader(config, name, source, **where)
+            reader.token_views = self.device.type == "cpu"  # a GPU has the same bits sooner
             reader.take_targets_from((caches or {}).get(name))
-            first = first_step * reader.accumulation
-            self._feeds[name] = _Feed(reader, first, config.data, pin=self.device.type == "cuda")
+            pin = self.device.type == "cuda"
+            self._feeds[name] = _Feed(reader, first_step * reader.accumulation, self.data, pin)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> JointBatch:
-        start = time.perf_counter()
-        items = {name: feed.next() for name, feed in self._feeds.items()}
-        self.waited += time.perf_counter() - start
-        for item in items.values():
+        items = {}
+        for name, feed in self._feeds.items():
+            with self._stopwatch.waiting(name):
+                items[name] = feed.next()
+        for name, item in items.items():
             self._records += item["bad"]
-        return JointBatch(
-            images=self._images(items["images"]) if "images" in items else None,
-            clips=self._clips(items["clips"]) if "clips" in items else None,
-        )
+            self._busy[name] = self._busy.get(name, Busy()).plus(item["busy"])
+            self._cutting += item.get("cutting", 0.0)
+        if self._since is None:  # workers start and caches fill once: no figure of the training
+            self.pace()
+        batches: dict[str, Any] = {name: item.get("batch") or self._batch(name, **item) for name, item in items.items()}
+        return JointBatch(images=batches.get("images"), clips=batches.get("clips"))
 
     @property
     def bad_files(self) -> list[dict[str, Any]]:
@@ -89,32 +117,76 @@ class Loader:
     @property
     def restarts(self) -> int:
         """How many times a pool of workers was rebuilt because one of them died."""
-        return sum(feed.restarts for feed in self._feeds.values())
+        return sum(_pool(feed).restarts for feed in self._feeds.values())
+
+    def pace(self) -> Pace:
+        """What was waited for data since this was last asked, and why; the first batch does not count."""
+        now, waited = time.perf_counter(), self._stopwatch.taken()
+        stream = max(waited, key=lambda name: waited[name]) if waited else next(iter(self._feeds), "")
+        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        found = Pace(
+            seconds=now - (now if self._since is None else self._since),
+            waited=sum(waited.values()),
+            stream=stream,
+            busy=self._busy.get(stream, Busy()),
+            cutting=self._cutting,
+            workers=self.data.workers,
+            processes=trainers * (1 + self.data.workers * len(self._feeds)),
+            cores=pace.cores(),
+        )
+        self._since, self._busy, self._cutting = now, {}, 0.0
+        return found
 
     def close(self) -> None:
         """Ends the worker processes. The loader gives no batch afterwards."""
         for feed in self._feeds.values():
             feed.close()
 
-    def _images(self, item: dict[str, Any]) -> Images:
-        pixels = item["pixels"].to(self.device, non_blocking=True)
-        normalised = pipeline_reference.normalise(pixels).contiguous()
-        return Images(normalised, self._token_pixels(item, pixels), item["mask"], item.get("known"))
+    def _batch(
+        self,
+        name: str,
+        pixels: Tensor,
+        mask: Tensor,
+        token_pixels: Tensor | None = None,
+        known: Tensor | None = None,
+        **_: Any,
+    ) -> Images | Clips:
+        """Bytes (B, [T,] S, S, 3) as numbers on the device; token pixels of those samples alone that no cache knows."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        if token_pixels is None:
+            missing = ... if known is None else send(unknown(known), self.device)
+            token_pixels = pipeline_reference.half_token_view(pixels[missing])
+        if known is not None:
+            self.not_cached += len(token_pixels)
+        token_pixels = pipeline_reference.map_pixels(token_pixels.to(self.device, non_blocking=True))
+        if name == "images":
+            return Images(pipeline_reference.normalise(pixels).to(self.dtype), token_pixels, mask, known)
+        return Clips(pipeline_reference.normalise(pixels, channels=-4).to(self.dtype), token_pixels, mask, known)
 
-    def _clips(self, item: dict[str, Any]) -> Clips:
-        pixels = item["pixels"].to(self.device, non_blocking=True)
-        normalised = pipeline_reference.normalise(pixels).transpose(1, 2).contiguous()  # (B, 3, T, H, W)
-        return Clips(normalised, self._token_pixels(item, pixels), item["mask"], item.get("known"))
 
-    def _token_pixels(self, item: dict[str, Any], pixels: torch.Tensor) -> torch.Tensor:
-        """Of every sample, or of those alone that a token cache does not know."""
-        if (known := item.get("known")) is None:
-            token_pixels = item["token_pixels"].to(self.device, non_blocking=True)
-        else:
-            missing = unknown(known)
-            self.not_cached += len(missing)
-            token_pixels = pipeline_reference.half_token_view(pixels[send(missing, self.device)])
-        return pipeline_reference.map_pixels(token_pixels).contiguous()
+def _pool(feed: "_Feed | GraphFeed") -> Any:
+    return feed.pool if isinstance(feed, GraphFeed) else feed
+
+
+def _possible(config: Config, device: torch.device, in_graph: bool | None) -> tuple[Data, bool]:
+    """The data section this machine can do, and whether DALI cuts the views; says once what it cannot do."""
+    if config.data.decoder != "dali":
+        return config.data, False
+    wanted = device.type == "cuda" if in_graph is None else in_graph
+    problem = pipeline.lacking(device)
+    if problem is None:
+        # cached ids belong to the very pixels the workers cut, and a GPU's are not the same bits
+        return config.data, wanted and config.data.token_cache is None
+    _warn(f"{problem}; until then the workers decode on the CPU")
+    with contextlib.suppress(MachineError):
+        pipeline.require()
+        return config.data, False
+    return config.data.model_copy(update={"decoder": "pyav"}), False
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    logger.warning("%s", sentence)
 
 
 class _Feed:
@@ -130,7 +202,7 @@ class _Feed:
         """The next item. Raises DataError for an error meant for the user, or after too many killed workers."""
         while True:
             if self._items is None:
-                self._start()
+                self.start()
             try:
                 item = next(self._items)  # type: ignore[arg-type]
             except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker's batch cannot be fetched
@@ -151,7 +223,8 @@ class _Feed:
             worker.join()
         self._workers = []
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Forks the workers; they read from where the stream stands."""
         several = self.data.workers > 0
         loader = DataLoader(
             self.reader,

@@ -1,26 +1,37 @@
 """The same views as `pipeline_reference.py`, with NVIDIA DALI. The only file that imports it.
 
-DALI decodes to the same bits as `decode.py`. On a CPU the reference cuts the views from what it decodes, which is
-faster and makes the choice of decoder change no batch; on a GPU the graph does all of it. What is random reaches the
-graph as numbers, so DALI draws nothing itself. Its bicubic kernel is another (a = -0.5, OpenCV has -0.75), so what the
-graph rescales differs by half a grey level on average. A damaged file ends a pipeline: it is built anew and the batch
-goes through it one by one. What DALI refuses, `reader.py` asks of PyAV: damage outside a clip replaces nothing.
+On a CPU DALI decodes to the bits of `decode.py` and the reference cuts the views, which is faster and makes the choice
+of decoder change no batch (`DaliViews`); on a GPU the graph does all of it (`DaliCrops`). What is random reaches the
+graph as numbers. Its bicubic kernel is another (a = -0.5, OpenCV has -0.75), so what it rescales differs by half a grey
+level on average. A damaged file ends a pipeline: it is built anew and the batch goes through it one by one. What DALI
+refuses is asked of PyAV: damage outside a clip replaces nothing.
 """
 
+import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from bevt_fast.data.decode import BadFile, Probe
 from bevt_fast.data.packed import Packed
-from bevt_fast.data.pipeline_reference import GREY, clip_views, image_views, token_view
+from bevt_fast.data.pipeline_reference import GREY, clip_pixels, image_pixels
 from bevt_fast.data.sampling import Crop
 from bevt_fast.errors import MachineError
 
 CPU_CODECS = {"vp8", "vp9", "mjpeg"}  # all that DALI 2.4 decodes without a GPU; H.264 and the rest go through PyAV
+GPU_CODECS = {"h264", "hevc", "vp8", "vp9"}  # what the NVDEC of every GPU since 2017 decodes, and DALI asks of it
+SMALLEST_ON_GPU = 144  # pixels a side; NVDEC refuses smaller HEVC pictures
+LARGEST_FILE = 2**26  # bytes; a longer file would travel whole to the GPU for the sake of one clip
+MAX_REBUILDS = 1000  # of a stream's decoding pipeline; two for each clip that DALI refuses
+MAX_REFUSED = 50  # files in a row; then it is not the files
+
+Kind = Literal["clips", "images"]
+CPU = torch.device("cpu")
 
 
 class Job(NamedTuple):
@@ -49,71 +60,142 @@ def takes(found: Probe) -> bool:
     return found.rotation == 0 and (found.codec in CPU_CODECS or found.codec == "JPEG")
 
 
-class DaliViews:
-    """Reads batches of jobs of one stream. The pipeline is built by the first call, in the process that makes it."""
+def takes_on_gpu(found: Probe) -> bool:
+    """Whether DALI decodes such a file on a GPU: 8 bits 4:2:0 of a codec NVDEC has, or a JPEG that is not CMYK."""
+    if found.codec == "JPEG":
+        return found.pixel_format in ("RGB", "L")
+    fits = found.codec in GPU_CODECS and found.pixel_format == "yuv420p" and found.rotation == 0
+    return fits and min(found.height, found.width) >= SMALLEST_ON_GPU
 
-    def __init__(
-        self,
-        kind: Literal["clips", "images"],
-        size: int,
-        batch: int,
-        order: tuple[int, int, int] = (0, 1, 2),
-        device: Literal["cpu", "gpu"] = "cpu",
-        in_graph: bool | None = None,
-    ):
-        """`in_graph`: whether DALI rescales, jitters, crops and flips too; None: on a GPU."""
-        self.kind: Literal["clips", "images"] = kind
-        self.size, self.batch, self.order = size, batch, order
-        self.token_size = size // 2  # 0: no token views are wanted
-        self.device: Literal["cpu", "gpu"] = device
-        self.in_graph = device == "gpu" if in_graph is None else in_graph
+
+def lacking(device: torch.device) -> str | None:
+    """Why DALI cannot decode on `device`, and what to do about it; None where it can. Does not import DALI."""
+    try:
+        require()
+    except MachineError as error:
+        return str(error)
+    if device.type == "cuda":
+        try:
+            ctypes.CDLL("libnvcuvid.so.1")
+        except OSError:
+            return (
+                'data.decoder is "dali", and the driver\'s video decoder (libnvcuvid.so.1) is not there: start the '
+                "container with NVIDIA_DRIVER_CAPABILITIES=compute,video,utility"
+            )
+    return None
+
+
+class DaliViews:
+    """Reads batches of jobs of one stream without a GPU: DALI decodes, the reference cuts the crops.
+
+    The pipeline is built by the first call, in the process that makes it.
+    """
+
+    def __init__(self, kind: Kind, batch: int, order: tuple[int, int, int] = (0, 1, 2)):
+        self.kind: Kind = kind
+        self.batch, self.order = batch, order
         self._pipeline: Any = None
 
-    def __call__(self, jobs: Sequence[Job]) -> list[tuple[np.ndarray, np.ndarray] | BadFile]:
-        """For each job pixels ([T,] S, S, 3) and token_pixels ([T,] s, s, 3), uint8, or what is wrong with its file."""
+    def __call__(self, jobs: Sequence[Job]) -> list[np.ndarray | BadFile]:
+        """For each job pixels ([T,] S, S, 3) uint8, or what is wrong with its file."""
         try:
             pictures = self._run(jobs)
         except (RuntimeError, OSError) as error:
             self._pipeline = None  # DALI: "current pipeline object is no longer valid"
             if len(jobs) == 1:
                 return [BadFile("corrupt", jobs[0].path, _reason(error))]
-            return [view for job in jobs for view in self([job])]
-        return [self._views(picture, job.crop) for picture, job in zip(pictures, jobs)]
+            return [pixels for job in jobs for pixels in self([job])]
+        if self.kind == "images":
+            return [image_pixels(picture, job.crop, self.order) for picture, job in zip(pictures, jobs)]
+        return [clip_pixels(picture, job.crop) for picture, job in zip(pictures, jobs)]
+
+    def inputs(self, job: Job) -> dict[str, np.ndarray]:
+        """What `DaliCrops` is to be given to read `job`."""
+        encoded = {name: values[0] for name, values in self._inputs([job]).items()}
+        return encoded | view_inputs(self.kind, job.crop, self.order)
 
     def _run(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         if self._pipeline is None:
-            self._pipeline = build(self.kind, self.batch, self.size if self.in_graph else None, self.device)
+            self._pipeline = build(self.kind, self.batch)
         for name, values in self._inputs(jobs).items():
             self._pipeline.feed_input(name, values)
         (output,) = self._pipeline.run()
-        return [np.array(output.as_cpu().at(i)) for i in range(len(jobs))]
-
-    def _views(self, picture: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
-        half = self.token_size
-        if self.kind == "images":
-            return (
-                (picture, token_view(picture, half)) if self.in_graph else image_views(picture, crop, half, self.order)
-            )
-        if self.in_graph:
-            return picture, np.stack([token_view(frame, half) for frame in picture])
-        return clip_views(picture, crop, half)
+        return [np.array(output.at(i)) for i in range(len(jobs))]
 
     def _inputs(self, jobs: Sequence[Job]) -> dict[str, list[np.ndarray]]:
-        encoded: list[np.ndarray] = [np.frombuffer(job.path.read_bytes(), np.uint8) for job in jobs]
+        # a bytearray: what torch is to share must be writable
+        encoded: list[np.ndarray] = [np.frombuffer(bytearray(job.path.read_bytes()), np.uint8) for job in jobs]
         inputs = {"encoded": encoded}
         if self.kind == "clips":
             inputs["frames"] = [np.array(job.frames, np.int32) for job in jobs]
-        if not self.in_graph:
-            return inputs
-        inputs |= {
-            "rescale": [np.array((job.crop.height, job.crop.width), np.float32) for job in jobs],
-            "corner": [np.array((job.crop.top, job.crop.left), np.int32) for job in jobs],
-            "flip": [np.array(job.crop.flip, np.int32) for job in jobs],
-        }
-        if self.kind == "images":
-            colours = [colour_matrices(job.crop.jitter, self.order) for job in jobs]
-            inputs |= {"colour": [colour for colour, _ in colours], "pivot": [pivot for _, pivot in colours]}
         return inputs
+
+
+class DaliCrops:
+    """Cuts the crops of one stream in DALI's graph: decoding, rescaling, jitter, crop and flip, all on `device`.
+
+    Two pipelines with one graph behind their first node: one decodes, the other is given decoded pictures, so what
+    DALI does not decode is cut like the rest, and a damaged file ends the first pipeline only. On a CPU the same lines
+    run DALI's CPU operators.
+    """
+
+    def __init__(self, kind: Kind, size: int, batch: int, device: torch.device, threads: int = 1):
+        self.kind: Kind = kind
+        self.size, self.batch, self.device, self.threads = size, batch, device, threads
+        self.rebuilds = self._refused = 0
+        self._pipelines: dict[str, Any] = {}
+
+    def __call__(self, samples: Sequence[Mapping[str, np.ndarray]]) -> list[Tensor | str]:
+        """For each sample its crop ([T,] S, S, 3) uint8 on the device, or the reason why DALI does not decode it.
+
+        A sample has the inputs of `build` by name: `encoded`, or `pictures` instead.
+        """
+        crops: dict[int, Tensor | str] = {}
+        for first in ("encoded", "pictures"):
+            part = [k for k, sample in enumerate(samples) if first in sample]
+            crops |= zip(part, self._cut(first, [samples[k] for k in part])) if part else ()
+        return [crops[k] for k in range(len(samples))]
+
+    def _cut(self, first: str, samples: Sequence[Mapping[str, np.ndarray]]) -> Sequence[Tensor | str]:
+        try:
+            crops = self._run(first, samples).unbind()
+            self._refused = 0 if first == "encoded" else self._refused
+            return crops
+        except RuntimeError as error:
+            if first == "pictures":  # nothing is decoded here: it is not a file's fault
+                raise
+            del self._pipelines[first]  # DALI: "current pipeline object is no longer valid"
+            self.rebuilds += 1
+            self._refused += len(samples) == 1
+            if self.rebuilds > MAX_REBUILDS or self._refused > MAX_REFUSED:
+                raise MachineError(
+                    f"{self.kind}: DALI refused {self._refused} files in a row and was rebuilt {self.rebuilds} times, "
+                    f'the last time for: {_reason(error)}; set data.decoder to "pyav", or remove damaged files'
+                ) from None
+            if len(samples) == 1:
+                return [_reason(error)]
+        return [crop for sample in samples for crop in self._cut(first, [sample])]
+
+    def _run(self, first: str, samples: Sequence[Mapping[str, np.ndarray]]) -> Tensor:
+        if first not in self._pipelines:
+            self._pipelines[first] = build(self.kind, self.batch, self.size, self.device, self.threads, first)
+        pipeline = self._pipelines[first]
+        for name in samples[0]:
+            pipeline.feed_input(name, [sample[name] for sample in samples])
+        (output,) = pipeline.run()  # without a stream the result is there when this returns
+        return torch.from_dlpack(output.as_tensor())  # no copy; DALI keeps the memory as long as the tensor lives
+
+
+def view_inputs(kind: Kind, crop: Crop, order: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """A crop as the graph wants it."""
+    inputs = {
+        "rescale": np.array((crop.height, crop.width), np.float32),
+        "corner": np.array((crop.top, crop.left), np.int32),
+        "flip": np.array(crop.flip, np.int32),
+    }
+    if kind == "images":
+        inputs["colour"], inputs["pivot"] = colour_matrices(crop.jitter, order)
+    return inputs
 
 
 def colour_matrices(
@@ -134,32 +216,62 @@ def colour_matrices(
     return colour.astype(np.float32), pivot.astype(np.float32)
 
 
-def build(kind: Literal["clips", "images"], batch: int, size: int | None, device: Literal["cpu", "gpu"] = "cpu") -> Any:
-    """The DALI pipeline of one stream, built: decoding, and the views of side `size` unless it is None.
+def build(
+    kind: Kind,
+    batch: int,
+    size: int | None = None,
+    device: torch.device = CPU,
+    threads: int = 1,
+    first: str = "encoded",
+) -> Any:
+    """The DALI pipeline of one stream, built: decoding, and the crops of side `size` unless it is None.
 
-    Inputs by name, at most `batch` samples each: encoded (n,) uint8; for clips frames (T,) int32. For views rescale
-    (height, width) float32, corner (top, left) int32, flip () int32; for those of images colour and pivot (3, 3)
-    float32 of `colour_matrices`. Output: uint8, (T, H, W, 3) or (H, W, 3).
+    Inputs by name, at most `batch` samples each: encoded (n,) uint8 and for clips frames (T,) int32, or, where `first`
+    says so, pictures ([T,] H, W, 3) uint8. For crops rescale (height, width) float32, corner (top, left) int32, flip ()
+    int32; for those of images colour and pivot (3, 3) float32 of `colour_matrices`. Output: uint8, channels last.
     """
     import nvidia.dali
 
     dali: Any = nvidia.dali  # its operators are made at run time, so it has no types to check
-    fn, types = dali.fn, dali.types
-    decoding: Any = "mixed" if device == "gpu" else "cpu"
+    on_gpu = device.type == "cuda"
     # depth 1: a batch is fed and fetched, so nothing is lost when the pipeline dies
-    pipeline = dali.Pipeline(batch, num_threads=1, device_id=0 if device == "gpu" else None, prefetch_queue_depth=1)
+    pipeline = dali.Pipeline(
+        batch, num_threads=threads, device_id=(device.index or 0) if on_gpu else None, prefetch_queue_depth=1
+    )
     with pipeline:
-        encoded = _given("encoded", types.UINT8, 1)
-        if kind == "clips":
-            pictures = fn.decoders.video(encoded, device=decoding, frames=_given("frames", types.INT32, 1))
-        else:
-            pictures = fn.decoders.image(encoded, device=decoding, output_type=types.RGB, adjust_orientation=False)
+        pictures = (_decoded if first == "encoded" else _as_given)(kind, on_gpu)
         pipeline.set_outputs(pictures if size is None else _cut(pictures, kind, size))
     pipeline.build()
     return pipeline
 
 
-def _cut(pictures: Any, kind: str, size: int) -> Any:
+def _decoded(kind: Kind, on_gpu: bool) -> Any:
+    import nvidia.dali
+
+    dali: Any = nvidia.dali
+    fn, types = dali.fn, dali.types
+    encoded, device = _given("encoded", types.UINT8, 1), "mixed" if on_gpu else "cpu"
+    if kind == "clips":
+        return fn.decoders.video(encoded, device=device, frames=_given("frames", types.INT32, 1))
+    return fn.decoders.image(
+        encoded,
+        device=device,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # the GPU's chroma as the CPU's
+    )
+
+
+def _as_given(kind: Kind, on_gpu: bool) -> Any:
+    import nvidia.dali
+
+    types: Any = nvidia.dali.types
+    layout = "FHWC" if kind == "clips" else "HWC"
+    pictures = _given("pictures", types.UINT8, len(layout), layout)
+    return pictures.gpu() if on_gpu else pictures
+
+
+def _cut(pictures: Any, kind: Kind, size: int) -> Any:
     """The graph from decoded pictures to crops, after `pipeline_reference.clip_views` and `image_views`."""
     import nvidia.dali
 
@@ -178,11 +290,11 @@ def _cut(pictures: Any, kind: str, size: int) -> Any:
     return fn.flip(crops, horizontal=_given("flip", types.INT32, 0))
 
 
-def _given(name: str, dtype: Any, ndim: int) -> Any:
+def _given(name: str, dtype: Any, ndim: int, layout: str | None = None) -> Any:
     from nvidia.dali import fn
 
     source: Any = fn.external_source
-    return source(name=name, dtype=dtype, ndim=ndim, batch=True)
+    return source(name=name, dtype=dtype, ndim=ndim, layout=layout, batch=True)
 
 
 def _reason(error: Exception) -> str:

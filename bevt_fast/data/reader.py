@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bevt_fast.config import Config, Stream, View, accumulation
-from bevt_fast.data import decode, masking, phases, pipeline, pipeline_reference, sampling
+from bevt_fast.data import decode, masking, pace, phases, pipeline, pipeline_reference, sampling
 from bevt_fast.data.decode import BadFile, Probe
 from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
@@ -41,11 +41,18 @@ class Draw(NamedTuple):
     mask: np.ndarray  # bool, (g, g) for an image, (t, g, g) for a clip; True = hidden
 
 
+class Slot(NamedTuple):
+    """A place in a batch, and the file read for it: the place's own, or a substitute."""
+
+    place: Place
+    file: int
+    failed: int = 0  # files tried before, all of them bad
+
+
 class Sample(NamedTuple):
-    """One sample as the training process gets it: uint8 pictures, channels last, and the bool mask."""
+    """One sample: uint8 pictures, channels last, and the bool mask."""
 
     pixels: np.ndarray  # ([T,] S, S, 3)
-    token_pixels: np.ndarray  # ([T,] S/2, S/2, 3); without pixels where a cache has the targets
     mask: np.ndarray
     file: int  # what it was read from: the index of the sample itself, or of its substitute
 
@@ -61,9 +68,9 @@ def draw(config: Config, stream: str, source: Source, epoch: int, index: int, he
 class StreamReader(Dataset):
     """One stream of one process, by number of the micro-batch: `reader[i]` is the i-th since the start of the run.
 
-    An item is a dict of pixels (B, [T,] S, S, 3) and token_pixels (B, [T,] s, s, 3) uint8, mask bool, and `bad`: a list
-    of records. After `take_targets_from` it has `known` instead of token_pixels: ids, int64. An error meant for the
-    user is returned, not raised: so it reaches the training process as it is.
+    An item is a dict of pixels (B, [T,] S, S, 3) and, if `token_views`, token_pixels (B, [T,] s, s, 3) uint8, mask
+    bool, `busy`, and `bad`: a list of records. After `take_targets_from` it has `known` instead of token_pixels: ids,
+    int64. An error meant for the user is returned, not raised: so it reaches the training process as it is.
     """
 
     def __init__(
@@ -80,20 +87,18 @@ class StreamReader(Dataset):
         self.accumulation = accumulation(config, world_size)
         self.split = {"world_size": world_size, "micro_batch": section.micro_batch, "accumulation": self.accumulation}
         self.rank = rank
+        self.kind: pipeline.Kind = "images" if source.frames is None else "clips"
         self.dali: DaliViews | None = None
         if config.data.decoder == "dali":
             pipeline.require()
-            kind = "images" if source.frames is None else "clips"
-            self.dali = DaliViews(kind, self.view.size, section.micro_batch, self.order)
+            self.dali = DaliViews(self.kind, section.micro_batch, self.order)
+        self.token_views = True  # without them the training device makes them of the pixels
         self.cache: "TokenCache | None" = None
-        self.token_size = self.view.size // 2
         self._bad: dict[int, BadFile] = {}  # files this process knows to be bad, by index
 
     def take_targets_from(self, cache: "TokenCache | None") -> None:
         """Items have the ids of `cache` from now on, and no token pixels."""
-        self.cache, self.token_size = cache, 0 if cache else self.view.size // 2
-        if self.dali is not None:
-            self.dali.token_size = self.token_size
+        self.cache = cache
 
     def __getitem__(self, number: int) -> "dict[str, Any] | UserError":
         step, micro = divmod(number, self.accumulation)
@@ -101,37 +106,53 @@ class StreamReader(Dataset):
         places = [sampling.place(self.seed, self.key, position, len(self.source)) for position in positions]
         bad: list[dict[str, Any]] = []
         try:
-            samples = self.read(places, bad)
-            known = self._known(places, samples)
+            item, busy = pace.measured(lambda: self.item(places, bad))
         except UserError as error:
             return error
-        names = ("pixels", "mask", "token_pixels") if known is None else ("pixels", "mask")
-        item = {name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in names}
-        return item | {"bad": bad} | ({} if known is None else {"known": known})
+        return item | {"bad": bad, "busy": busy}
+
+    def item(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> dict[str, Any]:
+        """The samples at `places` as they travel to the training process."""
+        samples = self.read(places, bad)
+        pixels, masks = np.stack([s.pixels for s in samples]), np.stack([s.mask for s in samples])
+        item = {"pixels": torch.from_numpy(pixels), "mask": torch.from_numpy(masks)}
+        if (known := self._known(places, samples)) is not None:
+            return item | {"known": known}
+        if self.token_views:
+            pictures = pixels.reshape(-1, *pixels.shape[-3:])
+            views = np.stack([pipeline_reference.token_view(picture, self.view.size // 2) for picture in pictures])
+            item["token_pixels"] = torch.from_numpy(views).reshape(*pixels.shape[:-3], *views.shape[1:])
+        return item
 
     def read(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> list[Sample]:
         """The samples at `places`, or their substitutes; adds to `bad` a record of each bad file."""
-        n = len(self.source)
-        files = [place.index for place in places]
-        samples: dict[int, Sample] = {}
-        for attempt in range(MAX_SUBSTITUTES):
-            left = [k for k in range(len(places)) if k not in samples]
-            if not left:
-                return [samples[k] for k in range(len(places))]
-            for k, outcome in zip(left, self._outcomes([(places[k], files[k]) for k in left])):
+        return self.fill([Slot(place, place.index) for place in places], self._outcomes, bad)
+
+    def fill(
+        self, slots: list[Slot], read: Callable[[list[Slot]], list[Read | BadFile]], bad: list[dict[str, Any]]
+    ) -> list[Read]:
+        """What `read` finds in each slot, or in its next substitute that can be read; adds to `bad` a record of each
+        bad file. Raises DataError after too many of them.
+        """
+        slots, found = list(slots), {}
+        while left := [k for k in range(len(slots)) if k not in found]:
+            for k, outcome in zip(left, read([slots[k] for k in left])):
                 if not isinstance(outcome, BadFile):
-                    samples[k] = outcome
+                    found[k] = outcome
                     continue
-                epoch, index = places[k]
-                other = sampling.substitute(self.seed, self.key, self._view(epoch), index, attempt, n)
-                bad.append(self.record(outcome, epoch, files[k], other))
-                files[k] = other
-        error = DataError(
-            f"{self.name}: {MAX_SUBSTITUTES} files in a row cannot be read, the last one {bad[-1]['path']} "
-            f"({bad[-1]['kind']}: {bad[-1]['reason']}); check the files of the source {self.source.name!r}"
-        )
-        error.records = bad
-        raise error
+                place, file, failed = slots[k]
+                view = self._view(place.epoch)
+                other = sampling.substitute(self.seed, self.key, view, place.index, failed, len(self.source))
+                bad.append(self.record(outcome, place.epoch, file, other))
+                slots[k] = Slot(place, other, failed + 1)
+            if max(slot.failed for slot in slots) >= MAX_SUBSTITUTES:
+                error = DataError(
+                    f"{self.name}: {MAX_SUBSTITUTES} files in a row cannot be read, the last one {bad[-1]['path']} "
+                    f"({bad[-1]['kind']}: {bad[-1]['reason']}); check the files of the source {self.source.name!r}"
+                )
+                error.records = bad
+                raise error
+        return [found[k] for k in range(len(slots))]
 
     def draw(self, epoch: int, index: int, file: int) -> Draw:
         """The draw of slot `index` in pass `epoch`, to be read from `file`: `index` itself, or its substitute."""
@@ -159,24 +180,24 @@ class StreamReader(Dataset):
         pairs = zip(places, samples)
         return torch.from_numpy(np.stack([self.cache.ids(*place, s.file, s.pixels) for place, s in pairs]))
 
-    def _outcomes(self, slots: Sequence[tuple[Place, int]]) -> list[Sample | BadFile]:
-        """For each slot, to be read from a file: its sample, or what is wrong with the file."""
-        draws = [_or_bad(self.draw, *place, file) for place, file in slots]
+    def _outcomes(self, slots: Sequence[Slot]) -> list[Sample | BadFile]:
+        """For each slot its sample, or what is wrong with its file."""
+        draws = [or_bad(self.draw, *slot.place, slot.file) for slot in slots]
         jobs: dict[int, Job] = {}  # what DALI reads, all at once
-        for k, (drawn, (_, file)) in enumerate(zip(draws, slots)):
-            if self.dali is not None and isinstance(drawn, Draw) and pipeline.takes(self._probed(file)):
-                jobs[k] = self._job(drawn, file)
-        views = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
+        for k, (drawn, slot) in enumerate(zip(draws, slots)):
+            if self.dali is not None and isinstance(drawn, Draw) and pipeline.takes(self._probed(slot.file)):
+                jobs[k] = self._job(drawn, slot.file)
+        cut = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
         outcomes: list[Sample | BadFile] = []
-        for k, (drawn, (_, file)) in enumerate(zip(draws, slots)):
+        for k, (drawn, slot) in enumerate(zip(draws, slots)):
             if isinstance(drawn, BadFile):
                 outcomes.append(drawn)
                 continue
-            view = views.get(k)
-            if view is None or isinstance(view, BadFile):
+            pixels = cut.get(k)
+            if pixels is None or isinstance(pixels, BadFile):
                 # DALI decodes from the file's beginning, so damage before the clip ends it: PyAV has the last word
-                view = _or_bad(self._views, drawn, file)
-            outcomes.append(view if isinstance(view, BadFile) else Sample(*view, drawn.mask, file))
+                pixels = or_bad(self._pixels, drawn, slot.file)
+            outcomes.append(pixels if isinstance(pixels, BadFile) else Sample(pixels, drawn.mask, slot.file))
         return outcomes
 
     def _job(self, drawn: Draw, file: int) -> Job:
@@ -186,15 +207,20 @@ class StreamReader(Dataset):
             frames = phases.stored([first + frame for frame in frames], self._probed(file).layout)
         return Job(self.source.path(file), frames, drawn.crop)
 
-    def _views(self, drawn: Draw, file: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels and token pixels of a draw, read from `file` without DALI."""
-        path, token_size, wanted = self.source.path(file), self.token_size, drawn.frames
+    def pictures(self, drawn: Draw, file: int) -> np.ndarray:
+        """The pictures of a draw, ([T,] H, W, 3) uint8 as they are in `file`, without DALI. Raises BadFile."""
+        path, wanted = self.source.path(file), drawn.frames
         if wanted is None:
-            image = self._remembering(file, lambda: decode.read_image(path))
-            return pipeline_reference.image_views(image, drawn.crop, token_size, self.order)
+            return self._remembering(file, lambda: decode.read_image(path))
         # a clip that cannot be decoded says nothing about other clips of the file, so it is not remembered
-        frames = _twice(lambda: decode.read_frames(path, wanted, self.source.extent(file)))
-        return pipeline_reference.clip_views(frames, drawn.crop, token_size)
+        return _twice(lambda: decode.read_frames(path, wanted, self.source.extent(file)))
+
+    def _pixels(self, drawn: Draw, file: int) -> np.ndarray:
+        """Pixels of a draw, read from `file` without DALI."""
+        pictures = self.pictures(drawn, file)
+        if drawn.frames is None:
+            return pipeline_reference.image_pixels(pictures, drawn.crop, self.order)
+        return pipeline_reference.clip_pixels(pictures, drawn.crop)
 
     def record(self, error: BadFile, epoch: int, file: int, substitute: int) -> dict[str, Any]:
         """One line of quarantine.jsonl. The path is the sample's, also where a file inside it is at fault."""
@@ -230,7 +256,8 @@ def _plain(view: View) -> View:
     return View(size=view.size, short_side=(view.short_side[0], view.short_side[0]), flip=0.0, colour_jitter=0.0)
 
 
-def _or_bad(read: Callable[..., Read], *arguments: Any) -> Read | BadFile:
+def or_bad(read: Callable[..., Read], *arguments: Any) -> Read | BadFile:
+    """`read(*arguments)`, or the BadFile it raises."""
     try:
         return read(*arguments)
     except BadFile as error:

@@ -35,6 +35,7 @@ PEAKS = (
     ("V100", 125e12),
 )
 WAIT_LIMIT = 0.10  # share of the wall time the training may wait for data before we say so
+REMEDY = "reading and decoding are slower than the model; raise data.workers"
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,10 @@ class Metrics:
         self.last_time = self.anchor_time = time.perf_counter()
         self.anchor_step = first_step - 1
 
-    def log(self, step: int, values: Mapping[str, float], waited: float | None = None) -> None:
+    def log(self, step: int, values: Mapping[str, float], waited: float | None = None, remedy: str = REMEDY) -> None:
         """Records one step. With `waited`, the seconds spent waiting for data since the last such call, perf/* is
         added: rates over the wall time since then. Leave it out for values that are no step of training (val/*).
+        `remedy` says why it waited and what to change.
         """
         if not self.is_main:
             return
@@ -97,7 +99,7 @@ class Metrics:
         self._write(step, row)
         self._show(step, row)
         if waited is not None:
-            self._judge_wait(row.get("perf/data_wait_frac", 0.0))
+            self._judge_wait(row.get("perf/data_wait_frac", 0.0), remedy)
 
     def close(self) -> None:
         """Flushes and closes everything; a second call does nothing."""
@@ -162,16 +164,12 @@ class Metrics:
             return ""
         return f"  ETA {timedelta(seconds=round((self.last_time - self.anchor_time) / done * left))}"
 
-    def _judge_wait(self, share: float) -> None:
+    def _judge_wait(self, share: float, remedy: str) -> None:
         # the first window holds the workers' start, which is no fault of theirs
         if self.warned or self.windows < 2 or share <= WAIT_LIMIT:
             return
         self.warned = True
-        logger.warning(
-            "training waits for data %.0f %% of the time: reading and decoding are slower than the model. "
-            "Raise data.workers, set data.decoder to 'dali', or put the files on a faster disk",
-            100 * share,
-        )
+        logger.warning("training waits for data %.0f %% of the time: %s", 100 * share, remedy)
 
 
 def _open_log(path: Path, first_step: int) -> TextIO:

@@ -89,6 +89,7 @@ class Run:
             device=world.device,
             first_step=self.first_step,
             caches=caches,
+            dtype=self.engine.dtype,
         )
         self.flops = step_flops(config)
         self.metrics = Metrics(
@@ -185,8 +186,8 @@ class Run:
             if self.batches.not_cached and not self._not_cached:
                 log.warning("samples that are not as the token cache saw them are tokenized now (data/not_cached)")
             values["data/not_cached"] = self._not_cached = self.batches.not_cached
-        self.metrics.log(step, values, waited=self.batches.waited)
-        self.batches.waited = 0.0
+        pace = self.batches.pace()
+        self.metrics.log(step, values, waited=pace.waited, remedy=pace.advice())
 
     def must_stop(self) -> int:
         """The exit code to stop with, agreed by all processes: a signal, or too many bad files (raises DataError)."""

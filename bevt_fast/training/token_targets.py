@@ -48,7 +48,7 @@ class Rows(NamedTuple):
     chunk: int
     numbers: list[int]
     last: bool
-    token_pixels: torch.Tensor  # (n, [T,] s, s, 3) uint8
+    pixels: torch.Tensor  # (n, [T,] S, S, 3) uint8
     files: list[int]
     checksums: list[int]
     bad: list[dict[str, Any]]
@@ -156,7 +156,8 @@ def _fill(writer: CacheWriter, reader: StreamReader, tokenizer: Tokenizer, how: 
     with tqdm(total=writer.count, **label) as bar:
         while True:
             for rows in _read(_Spans(writer, how.batch, bar), _Views(reader), how):
-                ids = tokenizer(pipeline_reference.map_pixels(rows.token_pixels.to(device)))
+                token_pixels = pipeline_reference.half_token_view(rows.pixels.to(device))
+                ids = tokenizer(pipeline_reference.map_pixels(token_pixels))
                 writer.write(rows.numbers, ids.cpu().numpy(), rows.files, rows.checksums)
                 bar.update(len(rows.numbers))
                 if rows.last:
@@ -220,9 +221,9 @@ class _Views(Dataset):
             samples = self.reader.read(places, bad)
         except UserError as error:
             return error
-        token_pixels = torch.from_numpy(np.stack([sample.token_pixels for sample in samples]))
+        pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
         checksums = [token_cache.checksum(sample.pixels) for sample in samples]
-        return Rows(chunk, numbers, last, token_pixels, [sample.file for sample in samples], checksums, bad)
+        return Rows(chunk, numbers, last, pixels, [sample.file for sample in samples], checksums, bad)
 
 
 def _read_in(config: Config, batch: int) -> Config:

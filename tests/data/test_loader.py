@@ -1,15 +1,18 @@
 """A batch depends on the seed and its number alone: not on workers, processes, restarts or where a run began."""
 
 import gc
+import importlib.util
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +22,7 @@ from PIL import Image
 
 from bevt_fast import config as configuration
 from bevt_fast.config import Config
-from bevt_fast.data import decode, loader, masking, pipeline_reference, reader, sampling
+from bevt_fast.data import decode, loader, masking, pipeline, pipeline_reference, reader, sampling
 from bevt_fast.data.decode import BadFile
 from bevt_fast.data.loader import Loader
 from bevt_fast.data.reader import StreamReader, draw
@@ -85,6 +88,10 @@ def batches(given, data, count, **where):
         return [next(batches) for _ in range(count)]
 
 
+def needs_dali():
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+
+
 def same(one, other):
     return all(torch.equal(a, b) for left, right in zip(one, other) for a, b in zip(left[:3], right[:3]))
 
@@ -104,7 +111,7 @@ def test_a_batch_has_the_shapes_and_ranges_of_its_type(folder):
 @pytest.mark.parametrize("decoder", ["pyav", "dali"])
 def test_the_number_of_workers_changes_no_bit_of_two_epochs(folder, decoder):
     if decoder == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+        needs_dali()
     steps = 6  # 24 clips of 11, 48 images of 12: two passes and more
     expected = batches(config(0, decoder=decoder), sources(folder), 2 * steps)
     for workers in (1, 2, 4) if decoder == "pyav" else (2,):
@@ -171,7 +178,7 @@ def test_a_batch_is_what_its_draws_say(folder):
 @pytest.mark.parametrize("name, decoder", [("10b.mp4", "pyav"), ("9a.webm", "pyav"), ("9a.webm", "dali")])
 def test_a_part_of_a_file_is_read_as_the_list_says(folder, name, decoder):
     if decoder == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+        needs_dali()
     data = clips(folder, paths=[name], extents=np.array([[7, 12]]))
     given = config(view=PLAIN, streams=("clips",), decoder=decoder)
     drawn = draw(given, "clips", data, 0, 0)
@@ -283,7 +290,7 @@ def test_bad_files_are_replaced_named_and_change_no_other_sample(folder, tmp_pat
 
 def test_dali_gives_the_same_batches_and_replaces_the_same_files(folder, tmp_path):
     """Bit for bit, in a source of VP9, MJPEG and H.264, of which DALI takes the first two without a GPU."""
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    needs_dali()
     data, _ = spoiled(folder, tmp_path)
     key = ("stream", "path", "epoch", "index", "substitute")
     found, records = {}, {}
@@ -297,7 +304,7 @@ def test_dali_gives_the_same_batches_and_replaces_the_same_files(folder, tmp_pat
 
 def test_both_decoders_take_a_clip_that_lies_behind_a_damaged_frame(tmp_path):
     """DALI decodes from the beginning of a file and refuses it; PyAV seeks to the clip and reads it."""
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    needs_dali()
     file = media.video(tmp_path / "a.webm", "libvpx-vp9", frames=60)
     with av.open(str(file)) as container:
         first = bytes(next(container.demux(video=0)))
@@ -444,6 +451,7 @@ def test_workers_leave_interrupts_to_the_trainer_and_go_when_it_is_killed(folder
 import multiprocessing, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
 from pathlib import Path
+from typing import Any
 from tests.data import test_loader
 from bevt_fast.data.loader import Loader
 made = Loader(test_loader.config(2), test_loader.sources(Path({str(folder)!r})))
@@ -485,3 +493,76 @@ def running(process):
 
 def test_errors_for_the_user_travel_as_they_are(folder):
     assert isinstance(StreamReader(config(), "clips", clips(folder, paths=["no.mp4"]))[0], UserError)
+
+
+def test_decoding_and_drawing_leave_the_training_thread_alone(folder, monkeypatch):
+    """With a worker: no draw, no file, no view in the thread that trains; the same for the path of a GPU."""
+    here = os.getpid(), threading.main_thread()
+
+    def guarded(function):
+        def call(*arguments, **options):
+            assert (os.getpid(), threading.current_thread()) != here, f"{function.__name__} runs in the training thread"
+            return function(*arguments, **options)
+
+        return call
+
+    watched = [
+        (sampling, "random_for"), (sampling, "draw_crop"), (sampling, "permutation"), (decode, "probe"),
+        (decode, "read_frames"), (decode, "read_image"), (pipeline_reference, "clip_pixels"),
+        (pipeline_reference, "image_pixels"), (pipeline_reference, "token_view"), (pipeline.DaliCrops, "__call__"),
+    ]  # fmt: skip
+    given: list[tuple[Config, dict[str, Any]]] = [(config(1), {})]
+    if importlib.util.find_spec("nvidia"):
+        given.append((config(1, decoder="dali"), {"in_graph": True}))
+    made = [Loader(one, sources(folder), **where) for one, where in given]
+    alone = Loader(config(0), sources(folder))
+    for module, name in watched:
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    for loaded in made:
+        with closing(loaded):
+            for _ in range(3):
+                next(loaded)
+    with closing(alone), pytest.raises(AssertionError, match="training thread"):
+        next(alone)  # it can fail
+
+
+def test_the_pace_is_that_of_the_interval_and_leaves_out_the_first_batch(folder, monkeypatch):
+    def slow(*arguments, read=decode.read_frames):
+        time.sleep(0.1)
+        return read(*arguments)
+
+    monkeypatch.setattr(decode, "read_frames", slow)
+    with closing(Loader(config(0), sources(folder))) as made:
+        next(made)
+        first = made.pace()
+        assert first.waited == 0.0 and first.busy.wall == 0.0 and first.seconds < 0.2
+        start = time.perf_counter()
+        for _ in range(3):
+            next(made)
+        passed, pace = time.perf_counter() - start, made.pace()
+        assert pace.stream == "clips" and 0.6 <= pace.waited <= pace.seconds
+        assert pace.busy.wall >= 0.6 and pace.busy.cpu < pace.busy.wall - 0.5 and pace.seconds >= passed
+        assert made.pace().waited == 0.0  # handed over once
+
+
+def test_the_encoders_pixels_come_in_the_precision_asked_for(folder):
+    (whole,), (half,) = (batches(config(), sources(folder), 1, dtype=t) for t in (torch.float32, torch.bfloat16))
+    for name in ("clips", "images"):
+        assert torch.equal(getattr(half, name).pixels, getattr(whole, name).pixels.bfloat16())
+        assert torch.equal(getattr(half, name).token_pixels, getattr(whole, name).token_pixels)
+
+
+def test_what_a_gpu_is_sent_is_pinned_and_copied_without_waiting(folder, monkeypatch):
+    made = Loader(config(), sources(folder), device="cuda")  # nothing touches CUDA before the first batch
+    assert all(feed.pin and not feed.reader.token_views for feed in made._feeds.values())  # type: ignore[union-attr]
+    asked, move = [], torch.Tensor.to
+
+    def to(tensor, *where, **options):
+        asked.append(options.get("non_blocking", "device" not in options and where[0] is not made.device))
+        return move(tensor, "cpu")
+
+    item = StreamReader(config(), "clips", clips(folder))[0]
+    assert isinstance(item, dict)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    made._batch("clips", item["pixels"], item["mask"], item["token_pixels"])
+    assert len(asked) >= 2 and all(asked)

@@ -170,6 +170,17 @@ def test_waiting_for_data_is_said_once_and_not_of_the_start(tmp_path: Path, cloc
     assert "20 %" in caplog.text and "data.workers" in caplog.text
 
 
+def test_the_warning_says_what_the_loader_found_out(tmp_path: Path, clock: Clock, caplog) -> None:
+    log = start(tmp_path)
+    for step, remedy in enumerate(["the start", "no fault", "storage is slow; put the files on a faster disk", "late"]):
+        clock.now += 1
+        log.log(step, {"train/loss": 1.0}, waited=0.05 if step == 1 else 0.5, remedy=remedy)
+    log.close()
+    assert [record.message for record in caplog.records] == [
+        "training waits for data 50 % of the time: storage is slow; put the files on a faster disk"
+    ]
+
+
 def test_a_line_has_the_figures_of_the_streams_there_are(tmp_path: Path, clock: Clock, capsys) -> None:
     log = start(tmp_path, clips_per_step=0)
     values = {"train/loss": 4.5, "train/loss_image": 4.5, "train/loss_video": 0.0, "train/mask_acc_2d": 0.125}

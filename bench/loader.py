@@ -1,0 +1,263 @@
+"""Clips and images a second: our loader beside what people write by hand, from the same frames of the same files.
+
+    python bench/loader.py --out DIR [--data VIDEOS] [--workers 0 2] [--rounds 5] [--quick]
+
+Contenders take turns, round by round, in one process group; every round opens its files anew, as an epoch over many
+files does. Then the share of a training step that is spent waiting, with real and with synthetic input.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
+from pathlib import Path
+
+if not __package__:  # run as a script: look from the repository root and kernels/, not from bench/
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(root), str(root / "kernels")]
+
+import cv2
+import torch
+
+from bench.loader_contenders import OURS, PLAIN, CannotRun, Contender, Workload, contenders
+from bench.loader_files import make_files, source
+from bench.loader_step import waiting
+from bench.measure import Quantiles, machine, orders, quantiles
+from bevt_fast import config as configuration
+from bevt_fast.config import Config
+from bevt_fast.data import decode, pace
+from bevt_fast.data.sources import Source
+
+LIBRARIES = ("av", "opencv-python-headless", "pillow", "nvidia-dali-cuda130", "torchcodec", "decord")
+SAME = 8.0  # grey levels, mean: what two conversions of colours differ by at most, and two clips never
+
+
+@dataclass
+class Row:
+    """One line of loader.csv; empty where it does not apply or was not measured."""
+
+    benchmark: str = "loader"
+    stream: str = ""
+    contender: str = ""
+    workers: int | None = None
+    status: str = "ok"  # ok, differs, left out
+    reason: str = ""
+    median_per_s: float | None = None  # samples
+    low_per_s: float | None = None
+    high_per_s: float | None = None
+    rounds: int | None = None
+    cores: float | None = None  # that were busy, workers included
+    per_core: float | None = None  # samples in a second of one core's work
+    per_gpu: float | None = None
+    against_plain: float | None = None
+    levels: float | None = None  # mean difference from ours, grey levels
+    hardware: str = ""
+    driver: str = ""
+    python: str = ""
+    torch: str = ""
+    libraries: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
+
+
+class Bench:
+    """One run of the benchmark."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.device = torch.device(options.device)
+        self.rows: list[Row] = []
+        known = asdict(machine(self.device))
+        self.machine = {field.name: known[field.name] for field in fields(Row) if field.name in known}
+        self.machine["libraries"] = ", ".join(f"{name} {v}" for name in LIBRARIES if (v := _version(name)))
+
+    def run(self) -> None:
+        made = self.folder / "made"
+        make_files(made, self.options)
+        clips = Path(self.options.data) if self.options.data else made
+        for stream, place in (("clips", clips), ("images", made)):
+            workload = Workload(stream, self.config(stream), source(place, stream, self.options), self.device)
+            for workers in self.options.workers:
+                self.race(workload, workers)
+                self.write()
+
+    def config(self, stream: str) -> Config:
+        """One stream with the paper's views; `--quick` makes them small."""
+        size = 64 if self.options.quick else 224
+        view = {"size": size, "short_side": [64, 80] if self.options.quick else [256, 320]}
+        mask = {"name": "tube" if stream == "clips" else "blockwise", "options": {"ratio": 0.5, "min_block": 2}}
+        micro_batch = self.options.clips if stream == "clips" else self.options.images
+        view |= {} if stream == "clips" else {"colour_jitter": 0.4}
+        section = {"source": {"name": "x"}, "mask": mask, "batch": micro_batch, "micro_batch": micro_batch}
+        values = {"output": "unused", "tokenizer": {"name": "x"}, "optim": {"lr": 1e-3}, "train": {"steps": 1}}
+        return configuration.parse(Config, values | {stream: section | {"view": view}}, "bench")
+
+    def race(self, workload: Workload, workers: int) -> None:
+        """Every contender once a round, in a new random order."""
+        row = functools.partial(Row, stream=workload.stream, workers=workers, **self.machine)
+        everybody = {c.name: c for c in contenders(self.transcoded) if workload.stream in c.streams}
+        rows = {name: row(contender=name, reason=contender.note) for name, contender in everybody.items()}
+        pictures: dict[str, torch.Tensor] = {}
+        rates: dict[str, list[float]] = {name: [] for name in everybody}
+        busy: dict[str, list[float]] = {name: [] for name in everybody}
+        for number, order in enumerate(orders(list(everybody), self.options.rounds + 1)):
+            for name in order:
+                if rows[name].status == "left out":
+                    continue
+                try:
+                    rate, cores, first = self.once(everybody[name], workload, workers)
+                except Exception as problem:
+                    why = str(problem) if isinstance(problem, CannotRun) else f"{type(problem).__name__}: {problem}"
+                    rows[name] = replace(rows[name], status="left out", reason=" ".join(why.split())[:300])
+                    continue
+                pictures.setdefault(name, first)
+                if number:  # the first round fills the system's cache of files
+                    rates[name].append(rate)
+                    busy[name].append(cores)
+        for name, one in rows.items():
+            if one.status != "left out":
+                rows[name] = self.judged(one, rates[name], busy[name], pictures[name], pictures.get(OURS))
+        plain = next((r.median_per_s for r in rows.values() if r.contender.startswith("plain")), None)
+        for one in rows.values():
+            one.against_plain = one.median_per_s / plain if plain and one.median_per_s else None
+            print(line(one), flush=True)
+        self.rows += rows.values()
+
+    def once(self, contender: Contender, workload: Workload, workers: int) -> tuple[float, float, torch.Tensor]:
+        """One round: samples a second, cores busy, and the first batch, which is not timed: it starts the workers."""
+        micro_batch = getattr(workload.config, workload.stream).micro_batch
+        decode._indexed.cache_clear()  # the next clip is of a file not seen before
+        batches = contender.open(workload, workers, micro_batch * (1 + self.options.batches))
+        try:
+            first = batches.next()[0].float().cpu()
+            start, before = time.perf_counter(), _cpu_seconds()
+            for _ in range(self.options.batches):
+                batches.next()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds, cpu = time.perf_counter() - start, _cpu_seconds() - before
+        finally:
+            batches.close()
+        return micro_batch * self.options.batches / seconds, cpu / seconds, first
+
+    def judged(
+        self, row: Row, rates: Sequence[float], busy: Sequence[float], picture: torch.Tensor, ours: torch.Tensor | None
+    ) -> Row:
+        """The row with its figures, or what is wrong with it."""
+        found: Quantiles = quantiles(rates)
+        row = replace(row, median_per_s=found.median, low_per_s=found.low, high_per_s=found.high, rounds=found.rounds)
+        row.cores = quantiles(busy).median
+        row.per_core = quantiles([rate / cores for rate, cores in zip(rates, busy) if cores]).median
+        row.per_gpu = found.median if self.device.type == "cuda" else None
+        if ours is not None:
+            row.levels = float((picture - ours).abs().mean()) * 58
+            if row.levels > SAME and "phase-split" not in row.contender:
+                row.status, row.reason = "differs", f"not the same frames: {row.levels:.1f} grey levels from ours"
+        return row
+
+    def transcoded(self, workload: Workload) -> Source:
+        """The workload's videos, phase-split, written by the first call."""
+        try:
+            from bevt_fast.data import coding, transcode  # type: ignore[attr-defined]
+        except ImportError as problem:
+            raise CannotRun(f"bevt_fast.data.transcode is not there ({problem})") from None
+        out = self.folder / "phases"
+        if not out.exists():
+            recipe = coding.Recipe(short_side=64 if self.options.quick else 256, stride=3 if self.options.quick else 8)
+            transcode.transcode(workload.source, out, recipe, check=False)
+        return source(out, "clips", self.options)
+
+    def write(self) -> None:
+        """What is known so far, through a temporary file."""
+        path = Path(self.options.out) / "loader.csv"
+        draft = path.with_name("loader.csv.part")
+        with draft.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            writer.writeheader()
+            writer.writerows({k: _short(v) for k, v in asdict(row).items()} for row in self.rows)
+        draft.replace(path)
+
+
+def line(row: Row) -> str:
+    """A row as a person reads it."""
+    head = f"{row.stream:<7}{row.contender:<31}{row.workers} workers  "
+    if row.median_per_s is None:
+        return f"{head}{row.status}: {row.reason}"
+    speed = f"{row.median_per_s:8.2f}/s [{row.low_per_s:.2f}, {row.high_per_s:.2f}]  {row.per_core:.2f} a core's second"
+    ratio = f"  {row.against_plain:.2f}x plain" if row.against_plain else ""
+    return f"{head}{speed}{ratio}{'  ' + row.reason if row.status != 'ok' else ''}"
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that still run, all threads."""
+    seconds = time.process_time()
+    for path in Path("/proc/self/task").glob("*/children"):
+        for child in path.read_text().split():
+            with contextlib.suppress(OSError):
+                user, system = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+                seconds += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _short(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--data", metavar="VIDEOS", help="a folder of videos; default: ten that are made on the spot")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="default: 0, and the cores less one")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--batches", type=int, default=4, metavar="N", help="timed in a round (%(default)s)")
+    parser.add_argument("--clips", type=int, default=2, metavar="N", help="of a batch (%(default)s)")
+    parser.add_argument("--images", type=int, default=16, metavar="N", help="of a batch (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small files and one round: a rehearsal, not a result")
+    chosen = parser.parse_args(arguments)
+    if chosen.workers is None:
+        chosen.workers = [0] if chosen.quick else sorted({0, max(pace.cores() - 1, 1)})
+    if chosen.quick:
+        chosen.rounds, chosen.batches, chosen.clips, chosen.images = 1, 2, 1, 2
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = options(arguments)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("loader.py: --device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
+        return 1
+    Path(chosen.out).mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(chosen, Path(folder))
+        print(machine(bench.device).line())
+        bench.run()
+        report: Callable[[str], None] = functools.partial(print, flush=True)
+        waiting(bench.config("clips"), source(Path(chosen.data or f"{folder}/made"), "clips", chosen), chosen, report)
+    ours = [row for row in bench.rows if row.contender == OURS and row.stream == "clips" and row.against_plain]
+    best = max(ours, key=lambda row: row.workers or 0, default=None)
+    said = f"{best.against_plain:.2f} times {PLAIN}, {best.workers} workers" if best else "not comparable here"
+    print(f"clips, {OURS}: {said}; {Path(chosen.out).name}/loader.csv has every row")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
