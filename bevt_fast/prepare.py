@@ -4,8 +4,8 @@ python bevt_fast/prepare.py tokenizer --data VIDEOS --data IMAGES --out data/tok
 python bevt_fast/prepare.py convert encoder.pkl data/encoder.safetensors
 python bevt_fast/prepare.py moving_shapes
 python bevt_fast/prepare.py verify --config configs/joint.json
-python bevt_fast/prepare.py tokens --config configs/joint.json --views 4 --out data/tokens
 python bevt_fast/prepare.py transcode --data VIDEOS --out VIDEOS_256
+python bevt_fast/prepare.py tokens --config configs/joint.json --views 4 --out data/tokens
 """
 
 import argparse
@@ -21,10 +21,12 @@ if not __package__:  # run as a script: look from the repository root and kernel
     root = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(root), str(root / "kernels")]
 
-from bevt_fast.errors import EXIT_SIGINT, DataError, UserError
+from bevt_fast.errors import EXIT_SIGINT, ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from bevt_fast.data.sources import Source
+
+    Programs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 HELD_OUT = 5  # every fifth file is kept out of the fit, to see how the codebook does on what it has not seen
 SHAPES = {
@@ -52,7 +54,12 @@ def command_line() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     programs = parser.add_subparsers(required=True, metavar="tokenizer|convert|moving_shapes|verify|transcode|tokens")
+    for add in (_add_tokenizer, _add_convert, _add_moving_shapes, _add_verify, _add_transcode, _add_tokens):
+        add(programs)
+    return parser
 
+
+def _add_tokenizer(programs: "Programs") -> None:
     tokenizer = programs.add_parser("tokenizer", help="fit a tokenizer (patch_kmeans) to your own videos and images")
     tokenizer.add_argument(
         "--data", action="append", required=True, metavar="PATH",
@@ -65,24 +72,30 @@ def command_line() -> argparse.ArgumentParser:
     )
     tokenizer.add_argument("--samples", type=_count, default=1024, help="pictures to fit to (%(default)s)")
     tokenizer.add_argument("--seed", type=int, default=0)
+    tokenizer.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     tokenizer.set_defaults(run=fit_tokenizer)
 
+
+def _add_convert(programs: "Programs") -> None:
     convert = programs.add_parser(
         "convert", help="turn DALL-E's pickled encoder into safetensors; nothing of it is run"
     )
     convert.add_argument("source", metavar="SRC", help="encoder.pkl, in either format of torch.save")
     convert.add_argument("target", metavar="DST", help="the file to write (.safetensors)")
     convert.add_argument("--sha256", metavar="DIGEST", help="refuse a source with another SHA-256 digest")
+    convert.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     convert.set_defaults(run=convert_encoder)
-    for program in (tokenizer, convert):
-        program.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
 
+
+def _add_moving_shapes(programs: "Programs") -> None:
     shapes = programs.add_parser("moving_shapes", help="write the demo's data: real VP9 clips and JPEG images")
     shapes.add_argument("--root", default="data/moving_shapes", help="where (default: %(default)s)")
     for name, meaning in SHAPES.items():
         shapes.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=meaning)
     shapes.set_defaults(run=write_moving_shapes)
 
+
+def _add_verify(programs: "Programs") -> None:
     verify = programs.add_parser("verify", help="open every file of the data, report on each, list those that are good")
     verify.add_argument(
         "--data",
@@ -104,21 +117,13 @@ def command_line() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=verify_data)
 
-    tokens = programs.add_parser("tokens", help="ask the tokenizer once, before training (data.token_cache)")
-    tokens.add_argument("--config", required=True, metavar="FILE", help="the run that the cache is for")
-    tokens.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training; repeatable")
-    tokens.add_argument("--out", required=True, metavar="DIR", help="where; the same command completes a cache there")
-    tokens.add_argument("--views", type=_count, metavar="K", help="views of each sample (default: data.views)")
-    tokens.add_argument("--device", choices=("cuda", "cpu"), help="of the tokenizer (default: cuda where there is one)")
-    tokens.add_argument("--batch", type=_count, default=32, metavar="N", help="views at a time (%(default)s)")
-    tokens.add_argument("--workers", type=int, choices=range(257), metavar="N", help="reading processes (data.workers)")
-    tokens.set_defaults(run=cache_tokens)
 
+def _add_transcode(programs: "Programs") -> None:
     transcode = programs.add_parser(
         "transcode", help="write videos once more, so that a clip is decoded from few frames", description=TRANSCODE
     )
     transcode.add_argument(
-        "--data", required=True, metavar="PATH", help="videos: a folder, list or moving_shapes folder"
+        "--data", action="append", required=True, metavar="PATH", help="videos: a folder, list or moving_shapes folder"
     )
     transcode.add_argument("--out", required=True, metavar="DIR", help="where; a finished file is kept if run again")
     for name, default, meaning in TRANSCODE_NUMBERS:
@@ -128,7 +133,18 @@ def command_line() -> argparse.ArgumentParser:
     transcode.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
     transcode.add_argument("--no-check", dest="check", action="store_false", help="do not compare with the source")
     transcode.set_defaults(run=transcode_videos)
-    return parser
+
+
+def _add_tokens(programs: "Programs") -> None:
+    tokens = programs.add_parser("tokens", help="ask the tokenizer once, before training (data.token_cache)")
+    tokens.add_argument("--config", required=True, metavar="FILE", help="the run that the cache is for")
+    tokens.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training; repeatable")
+    tokens.add_argument("--out", required=True, metavar="DIR", help="where; the same command completes a cache there")
+    tokens.add_argument("--views", type=_count, metavar="K", help="views of each sample (default: data.views)")
+    tokens.add_argument("--device", choices=("cuda", "cpu"), help="of the tokenizer (default: cuda where there is one)")
+    tokens.add_argument("--batch", type=_count, default=32, metavar="N", help="views at a time (%(default)s)")
+    tokens.add_argument("--workers", type=int, choices=range(257), metavar="N", help="reading processes (data.workers)")
+    tokens.set_defaults(run=cache_tokens)
 
 
 def fit_tokenizer(options: argparse.Namespace) -> None:
@@ -234,6 +250,9 @@ def transcode_videos(options: argparse.Namespace) -> None:
 
     sizes = {name: getattr(options, name) for name in ("short_side", "gop", "crf", "codec")}
     recipe = coding.Recipe(stride=options.stride if options.layout == "phases" else 1, **sizes)
+    if len(options.data) > 1:
+        raise ConfigError("transcode takes one --data at a time; run it once for each")
+    (options.data,) = options.data
     transcode.program(_sources(Path(options.data)), options, recipe)
 
 
