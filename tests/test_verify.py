@@ -1,12 +1,14 @@
 """prepare.py verify: the row of every kind of file, lists without the bad ones, and what must not end the program."""
 
 import csv
+import io
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -309,6 +311,32 @@ def test_a_file_in_two_sources_is_checked_once_and_judged_in_each(few, capsys):
     assert len(report(out)) == 4 == checked(capsys)
     assert len(bad_files(out)) == 1
     assert (out / "clips_source_2.jsonl").read_text() == '{"path": "a.webm", "label": 0}\n'
+
+
+def test_images_in_shards_are_checked_one_by_one(tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    content = io.BytesIO()
+    Image.fromarray(media.picture(1)).save(content, "JPEG")
+    good = content.getvalue()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
+        for name, data in (("a.jpg", good), ("b.jpg", good[: len(good) // 2]), ("sub/c.jpg", good)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    config = json.loads((ROOT / "configs" / "image.json").read_text())
+    config["images"]["source"] = {"name": "webdataset", "options": {"root": str(tmp_path / "shards")}}
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    for checks in (3, 0):  # the second time all is known
+        assert verify("--config", tmp_path / "run.json", out=tmp_path / "out") == 3
+        assert checked(capsys) == checks
+    rows = report(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["ok", "truncated", "ok"]
+    assert rows[0]["codec"] == rows[2]["codec"] == "JPEG"
+    assert [Path(row["path"]).relative_to(tmp_path / "shards").as_posix() for row in rows] == [
+        *("0.tar/a.jpg", "0.tar/b.jpg", "0.tar/sub/c.jpg")
+    ]
+    assert [bad["path"] for bad in bad_files(tmp_path / "out")] == [rows[1]["path"]]
+    assert "no list names files in shards" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_every_source_of_a_configuration(few, tmp_path, capsys):
