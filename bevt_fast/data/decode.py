@@ -9,6 +9,7 @@ frames are counted as the decoder puts them out. Whatever is wrong with a file e
 import contextlib
 import errno
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,6 +125,8 @@ def read_image(path: str | Path) -> np.ndarray:
 def _faults(path: str | Path, kind: str) -> Iterator[None]:
     """Turns every failure to read `path` into a BadFile, of kind `kind` where nothing more is known."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe, or read a device, could take for ever
+            raise BadFile("unreadable", path, "not a regular file")
         yield
     except (BadFile, MemoryError):
         raise

@@ -5,8 +5,10 @@ on its device. Which process reads what changes no batch: that is decided in `re
 """
 
 import contextlib
+import functools
 import gc
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.connection
 import signal
@@ -27,6 +29,8 @@ from bevt_fast.data.sources import Source
 from bevt_fast.errors import DataError, UserError
 
 MAX_RESTARTS = 3  # of a stream's worker pool (NEEDS F08)
+
+logger = logging.getLogger(__name__)
 
 
 class Loader:
@@ -71,6 +75,8 @@ class Loader:
         self.waited += time.perf_counter() - start
         for item in items.values():
             self._records += item["bad"]
+            for codec in item["left_to_pyav"]:
+                _warn(f"DALI does not decode {codec} here: PyAV reads such files, on the CPU")
         return JointBatch(
             images=self._images(items["images"]) if "images" in items else None,
             clips=self._clips(items["clips"]) if "clips" in items else None,
@@ -101,6 +107,11 @@ class Loader:
         pixels, token_pixels = (item[k].to(self.device, non_blocking=True) for k in ("pixels", "token_pixels"))
         normalised = pipeline_reference.normalise(pixels).transpose(1, 2).contiguous()  # (B, 3, T, H, W)
         return Clips(normalised, pipeline_reference.map_pixels(token_pixels).contiguous(), item["mask"])
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    logger.warning("%s", sentence)
 
 
 class _Feed:

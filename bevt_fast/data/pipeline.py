@@ -71,7 +71,7 @@ class DaliViews:
         """For each job pixels ([T,] S, S, 3) and token_pixels ([T,] s, s, 3), uint8, or what is wrong with its file."""
         try:
             pictures = self._run(jobs)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # the latter: the storage, between the header and now
             self._pipeline = None  # DALI: "current pipeline object is no longer valid"
             if len(jobs) == 1:
                 return [BadFile("corrupt", jobs[0].path, _reason(error))]
@@ -182,7 +182,7 @@ def _given(name: str, dtype: Any, ndim: int) -> Any:
     return source(name=name, dtype=dtype, ndim=ndim, batch=True)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What a DALI error says happened, without where in DALI."""
     text = str(error).split("encountered:")[-1].split("C++ context")[0].split("Current pipeline object")[0]
     return " ".join(text.split())[:200]

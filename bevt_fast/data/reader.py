@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bevt_fast.config import Config, Stream, View, accumulation
-from bevt_fast.data import decode, masking, pipeline, pipeline_reference, sampling
+from bevt_fast.data import damage, decode, masking, pipeline, pipeline_reference, sampling
 from bevt_fast.data.decode import BadFile, Probe
 from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
@@ -23,6 +23,7 @@ from bevt_fast.errors import DataError, UserError
 
 CELL = 16  # pixels on the side of a mask cell (SPEC 2.1: 14 cells of 224 pixels)
 MAX_SUBSTITUTES = 50  # bad files in a row before the data is called unusable
+LARGEST_PICTURE = 2**24  # pixels after rescaling, 16 times what is usual; of 1 x 30000 it would be 2**31
 HELDOUT_SEED = 0  # the same held-out views in every run, so that runs can be compared
 
 Read = TypeVar("Read")
@@ -57,8 +58,9 @@ def draw(config: Config, stream: str, source: Source, epoch: int, index: int, he
 class StreamReader(Dataset):
     """One stream of one process, by number of the micro-batch: `reader[i]` is the i-th since the start of the run.
 
-    An item is a dict of pixels (B, [T,] S, S, 3) and token_pixels (B, [T,] s, s, 3) uint8, mask bool, and `bad`: a list
-    of records. An error meant for the user is returned, not raised: so it reaches the training process as it is.
+    An item is a dict of pixels (B, [T,] S, S, 3) and token_pixels (B, [T,] s, s, 3) uint8, mask bool, `bad`: a list of
+    records, and `left_to_pyav`: the codecs met so far that DALI does not take. An error meant for the user is returned,
+    not raised: so it reaches the training process as it is.
     """
 
     def __init__(
@@ -79,7 +81,10 @@ class StreamReader(Dataset):
             pipeline.require()
             kind = "images" if source.frames is None else "clips"
             self.dali = DaliViews(kind, self.view.size, section.micro_batch, self.order)
+        self.on_damage = config.data.on_damage
         self._bad: dict[int, BadFile] = {}  # files this process knows to be bad, by index
+        self._repaired: list[dict[str, Any]] = []  # records of clips that `use_previous` has kept
+        self._left_to_pyav: set[str] = set()  # codecs met that DALI does not take
 
     def __getitem__(self, number: int) -> "dict[str, Any] | UserError":
         step, micro = divmod(number, self.accumulation)
@@ -91,7 +96,8 @@ class StreamReader(Dataset):
         except UserError as error:
             return error
         pixels, token_pixels, masks = (torch.from_numpy(np.stack(column)) for column in zip(*samples))
-        return {"pixels": pixels, "token_pixels": token_pixels, "mask": masks, "bad": bad}
+        said = {"bad": bad, "left_to_pyav": sorted(self._left_to_pyav)}
+        return {"pixels": pixels, "token_pixels": token_pixels, "mask": masks} | said
 
     def read(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> list[Sample]:
         """The samples at `places`, or their substitutes; adds to `bad` a record of each bad file."""
@@ -101,12 +107,15 @@ class StreamReader(Dataset):
         for attempt in range(MAX_SUBSTITUTES):
             left = [k for k in range(len(places)) if k not in samples]
             if not left:
+                bad += self._repaired
+                self._repaired = []
                 return [samples[k] for k in range(len(places))]
             for k, outcome in zip(left, self._outcomes([(places[k], files[k]) for k in left])):
                 if not isinstance(outcome, BadFile):
                     samples[k] = outcome
                     continue
                 epoch, index = places[k]
+                self._refuse(outcome, epoch, files[k])
                 other = sampling.substitute(self.seed, self.key, epoch, index, attempt, n)
                 bad.append(self.record(outcome, epoch, files[k], other))
                 files[k] = other
@@ -126,6 +135,9 @@ class StreamReader(Dataset):
             frames = sampling.clip_frames(found.frames, self.source.frames, rng)
             steps = self.source.frames.count // 2
         crop = sampling.draw_crop(found.height, found.width, self.view, rng)
+        if crop.height * crop.width > LARGEST_PICTURE:
+            shape = f"{found.height} x {found.width} pixels, {crop.height} x {crop.width} rescaled"
+            raise BadFile("unreadable", self.source.path(file), f"too long and narrow: {shape}")
         grid = (self.view.size // CELL, self.view.size // CELL)
         mask = self.masking(grid, steps, sampling.random_for(self.seed, self.key, epoch, index, "mask"))
         return Draw(epoch, index, frames, crop, mask)
@@ -135,7 +147,7 @@ class StreamReader(Dataset):
         draws = [_or_bad(self.draw, *place, file) for place, file in slots]
         jobs: dict[int, Job] = {}  # what DALI reads, all at once
         for k, (drawn, (_, file)) in enumerate(zip(draws, slots)):
-            if self.dali is not None and isinstance(drawn, Draw) and pipeline.takes(self._probed(file)):
+            if isinstance(drawn, Draw) and self._dali_takes(file):
                 jobs[k] = self._job(drawn, file)
         views = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
         outcomes: list[Sample | BadFile] = []
@@ -150,6 +162,14 @@ class StreamReader(Dataset):
             outcomes.append(view if isinstance(view, BadFile) else Sample(*view, drawn.mask))
         return outcomes
 
+    def _dali_takes(self, file: int) -> bool:
+        if self.dali is None:
+            return False
+        found = self._probed(file)
+        if not (taken := pipeline.takes(found)):
+            self._left_to_pyav.add(found.codec)
+        return taken
+
     def _job(self, drawn: Draw, file: int) -> Job:
         first = self.source.extent(file)[0]
         frames = None if drawn.frames is None else [first + frame for frame in drawn.frames]
@@ -162,8 +182,28 @@ class StreamReader(Dataset):
             image = self._remembering(file, lambda: decode.read_image(path))
             return pipeline_reference.image_views(image, drawn.crop, token_size, self.order)
         # a clip that cannot be decoded says nothing about other clips of the file, so it is not remembered
-        frames = _twice(lambda: decode.read_frames(path, wanted, self.source.extent(file)))
-        return pipeline_reference.clip_views(frames, drawn.crop, token_size)
+        return pipeline_reference.clip_views(self._clip(drawn, wanted, file), drawn.crop, token_size)
+
+    def _clip(self, drawn: Draw, wanted: list[int], file: int) -> np.ndarray:
+        """The frames `wanted` of a file; damaged ones are as `data.on_damage` says. Raises BadFile."""
+        path, extent = self.source.path(file), self.source.extent(file)
+        try:
+            return _twice(lambda: decode.read_frames(path, wanted, extent))
+        except BadFile as error:
+            if self.on_damage != "use_previous" or error.kind != "corrupt":
+                raise
+            frames = _twice(lambda: damage.read_good_frames(path, wanted, extent))
+            self._repaired.append(self.record(error, drawn.epoch, file, file))
+            return frames
+
+    def _refuse(self, error: BadFile, epoch: int, file: int) -> None:
+        """Raises DataError for a damaged clip where `data.on_damage` says so."""
+        if self.on_damage == "fail" and error.kind == "corrupt" and self.source.frames is not None:
+            failure = DataError(
+                f"{self.name}: {error}; repair or remove the file, or set data.on_damage to quarantine or use_previous"
+            )
+            failure.records = [self.record(error, epoch, file, file)]
+            raise failure
 
     def record(self, error: BadFile, epoch: int, file: int, substitute: int) -> dict[str, Any]:
         """One line of quarantine.jsonl. The path is the sample's, also where a file inside it is at fault."""

@@ -92,7 +92,7 @@ def open_engine(
     torch.manual_seed(config.seed)
     objective = build_objective(config, tokenizer.vocab_size, initialise=found is None)
     if found:
-        require_same_data(found, fingerprints)
+        require_same_data(found, fingerprints, config.data.allow_change)
         checkpoint.require_same_architecture(found, objective.model)
         objective.model.load_state_dict(found.weights)
     engine = Engine(objective.to(world.device), config, world)
@@ -103,9 +103,9 @@ def open_engine(
     return engine
 
 
-def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
-    """The same lists give the same samples, and the same tokenizer the same targets; others would silently give
-    others. Raises CheckpointError.
+def require_same_data(found: Checkpoint, fingerprints: dict[str, Any], allow_change: bool = False) -> None:
+    """The same files give the same samples, and the same tokenizer the same targets; others would silently give
+    others. Raises CheckpointError; with `allow_change` other files are said aloud and taken.
     """
     name = fingerprints["tokenizer"]
     if found.trainer.get("tokenizer", name) != name:
@@ -115,21 +115,31 @@ def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
         )
     for stream, now in fingerprints["data"].items():
         then = found.trainer.get("data", {}).get(stream)
-        if then != now:
+        # what the checkpoint does not know of the data is not held against it
+        if then and then == {key: now.get(key) for key in then}:
+            continue
+        listed = then and all(then.get(key) == now[key] for key in ("files", "sha256"))
+        what = "sizes of the files of" if listed else "files listed for"
+        sentence = f"{found.path}: the {what} {stream} are not those this run began with ({then} then, {now} now)"
+        if not allow_change:
             raise CheckpointError(
-                f"{found.path}: the list of {stream} is not the one this run began with ({then} then, {now} now); "
-                f"bring it back, or begin a new run with model.weights = {found.path / 'model.safetensors'}"
+                f"{sentence}; bring them back, take these with data.allow_change=true, or begin a new run with "
+                f"model.weights = {found.path / 'model.safetensors'}"
             )
+        log.warning("%s; data.allow_change takes them: from here on the samples are others", sentence)
 
 
 def fingerprint(source: Source) -> dict[str, str | int]:
-    """Number of files and a digest of their names, and which frames of them, in order."""
+    """Number of files, a digest of their names and which frames of them, in order, and one of the sizes of those
+    looked at before the run.
+    """
     digest = hashlib.sha256()
     for path in source.paths:
         digest.update(path.encode(errors="surrogateescape") + b"\n")
     if source.extents is not None:
         digest.update(source.extents.tobytes())
-    return {"files": len(source), "sha256": digest.hexdigest()}
+    sizes = hashlib.sha256(repr(sources.sizes(source)).encode())
+    return {"files": len(source), "sha256": digest.hexdigest(), "sizes": sizes.hexdigest()}
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
