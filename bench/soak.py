@@ -1,6 +1,6 @@
 """Does a run grow? Trains for a while and watches the program from outside: memory, open files, threads, processes.
 
-    python bench/soak.py [--steps 2000] [--config configs/demo.json] [--set KEY=VALUE ...] [--limit 1.0]
+    python bench/soak.py [--steps 2000] [--config configs/demo.json] [--set KEY=VALUE ...] [--limit 1.0] [--out CSV]
 
 Memory is resident memory in MiB, of the trainer and of its loader workers together; pages they share count in each.
 The slope is a line fitted to all readings after the warm-up, in MiB a 1,000 steps. The exit code is 1 if trainer and
@@ -45,13 +45,14 @@ class Reading(NamedTuple):
 
 
 def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; everything after `--set` goes to train.py as it is."""
+    """The options; what `--set` says goes to train.py as it is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", default=str(ROOT / "configs" / "demo.json"), metavar="FILE")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-up", type=int, metavar="STEPS", help="steps that do not count (a quarter, at most 500)")
     parser.add_argument("--limit", type=float, default=1.0, metavar="MIB", help="growth allowed a 1,000 steps")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py; repeatable")
+    parser.add_argument("--out", metavar="CSV", help="write every reading to this file")
     options = parser.parse_args(arguments)
     if options.warm_up is None:
         options.warm_up = min(options.steps // 4, 500)
@@ -61,10 +62,9 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def watch(run: subprocess.Popen, log: Path, distance: int) -> list[Reading]:
-    """A reading whenever the run has come `distance` steps further, from its start to its last step."""
+    """A reading whenever the run has come `distance` steps further; what comes after the last step does not count."""
     readings: list[Reading] = []
-    steps = Steps(log)
-    shown = 0
+    steps, shown = Steps(log), 0
     while run.poll() is None:
         step = steps.newest()
         if step is not None and (not readings or step >= readings[-1].step + distance):
@@ -158,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return code
     if readings:
         print(readings[-1])
+    if options.out:
+        lines = [",".join(Reading._fields), *(",".join(map(str, reading)) for reading in readings)]
+        Path(options.out).write_text("\n".join(lines) + "\n")
     for name, parts in (("trainer", ["trainer"]), ("workers", ["workers"]), ("together", ["trainer", "workers"])):
         print(f"slope after step {options.warm_up}, {name}: {slope(readings, options.warm_up, *parts):+.3f} MiB/1,000")
     faults = judge(readings, options.warm_up, options.limit)

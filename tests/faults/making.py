@@ -108,6 +108,23 @@ def cut(path: Path, share: float = 0.6) -> Path:
     return path
 
 
+def coded_frames(path: Path) -> list[bytes]:
+    """The packets of a video, in decoding order."""
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+def flip_frames(path: Path) -> Path:
+    """Flips three bits in every packet of a video, past its head."""
+    rng, content = np.random.RandomState(0), bytearray(path.read_bytes())
+    for coded in coded_frames(path):
+        start = content.index(coded)
+        for place in start + rng.randint(len(coded) // 4, len(coded), 3):
+            content[place] ^= 1 << rng.randint(8)
+    path.write_bytes(content)
+    return path
+
+
 def flip(path: Path, seed: int = 0, every: int = 200) -> Path:
     """Flips a bit in about every `every`-th byte, past the first and before the last tenth of a file."""
     rng, content = np.random.RandomState(seed), bytearray(path.read_bytes())
@@ -121,8 +138,7 @@ def flip(path: Path, seed: int = 0, every: int = 200) -> Path:
 def spoil(path: Path, packet: int) -> Path:
     """Overwrites the first half of one packet of a video with zeros."""
     content = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        coded = bytes([coded for coded in container.demux(video=0) if coded.size][packet])
+    coded = coded_frames(path)[packet]
     position, size = content.index(coded), len(coded) // 2
     content[position : position + size] = bytes(size)
     path.write_bytes(content)

@@ -99,9 +99,7 @@ def test_d04_a_few_missing_files_are_quarantined(folder: Path, clips_only, here)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_d10_too_many_bad_files_end_the_run_with_a_report(
-    workers: int, folder: Path, clips_only, here, caplog
-) -> None:
+def test_d10_too_many_bad_files_end_the_run_with_a_report(workers: int, folder: Path, clips_only, here, caplog) -> None:
     bad = [f"bad{k}.mp4" for k in range(4)]
     for name in bad:
         (folder / name).write_text("no video")

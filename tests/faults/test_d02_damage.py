@@ -1,5 +1,6 @@
 """Frames damaged in the middle of a clip: another sample, the frame before, or the end of the run, as the user says."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_d02_the_three_policies(folder: Path, name: str, decoder: str, workers: 
 def test_d02_what_comes_before_the_first_good_frame_repeats_that(tmp_path: Path) -> None:
     bad = making.spoil(media.video(tmp_path / "bad.mp4", "libx264", size=SQUARE), 12)
     config, source = making.given(on_damage="use_previous"), making.clips(tmp_path, "bad.mp4", count=8, stride=3)
-    source = source.__class__(**source.__dict__ | {"extents": np.array([[13, 24]])})  # frames 13 to 36
+    source = dataclasses.replace(source, extents=np.array([[13, 24]]))  # frames 13 to 36
     with pytest.raises(decode.BadFile):
         decode.read_frames(bad, [13])
     batches, _ = making.read(config, source, 1)

@@ -1,0 +1,64 @@
+"""bench/soak.py sees what grows, and says nothing of what only goes up and down."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import soak
+from bench.soak import Reading
+from tests.training.command import changed, written
+from tests.training.conftest import tiny
+
+__all__ = ["tiny"]
+
+
+def readings(leak: float = 0.0, **last: int) -> list[Reading]:
+    """Of 2,000 steps: memory climbs in the first 200, then goes up and down, and grows by `leak` MiB a 1,000 steps."""
+    found = []
+    for step in range(0, 2000, 10):
+        wave = 3.0 * (step // 10 % 2)
+        found.append(Reading(step, min(600 + step, 800) + wave + leak * step / 1000, 50.0 - wave, 20, 9, 3))
+    return [*found[:-1], found[-1]._replace(**last)]
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.5, 2.0, 40.0])
+def test_the_slope_is_that_of_the_leak(leak: float) -> None:
+    assert soak.slope(readings(leak), 500, "trainer", "workers") == pytest.approx(leak, abs=1e-9)
+    assert abs(soak.slope(readings(leak), 500, "trainer") - leak) < 0.1  # the waves of the two cancel only together
+    faults = soak.judge(readings(leak), 500, 1.0)
+    assert len(faults) == (leak > 1)
+    assert not faults or f"grows by {leak:.2f} MiB" in faults[0]
+
+
+@pytest.mark.parametrize("part", ["files", "threads", "processes"])
+def test_what_is_more_at_the_end_is_named(part: str) -> None:
+    (fault,) = soak.judge(readings(**{part: 99}), 500, 1.0)
+    assert fault.startswith(part) and fault.endswith("to 99")
+
+
+def test_too_few_readings_are_no_verdict() -> None:
+    assert "too few" in soak.judge(readings()[:1], 0, 1.0)[0]
+    with pytest.raises(SystemExit) as caught:
+        soak.main(["--steps", "10", "--warm-up", "10"])
+    assert caught.value.code == 2
+
+
+def test_a_run_is_watched_to_its_end(tiny, tmp_path: Path, program) -> None:
+    config = written(changed(tiny, {"data.workers": 1, "train.heldout_batches": 1}), tmp_path / "run.json")
+    steps = ["--steps", "60", "--limit", "1e6"]
+    done = program("bench/soak.py", "--config", config, *steps)
+    lines = done.stdout.splitlines()
+    first, last = lines[0].split(), next(line for line in reversed(lines) if line.startswith("step")).split()
+    assert int(first[1]) < 10 and int(last[1]) > 40
+    assert float(last[3]) > 100 and float(last[6]) > 50  # MiB: torch alone is more
+    assert last[-1] == "3"  # the trainer and a worker for each stream
+    assert sum(line.startswith("slope after step 15") for line in lines) == 3
+    assert done.returncode in (0, 1) and ("ok: " in done.stdout) == (done.returncode == 0)
+
+
+def test_a_run_that_fails_is_no_soak(tiny, tmp_path: Path, program) -> None:
+    config = tmp_path / "wrong.json"
+    config.write_text(json.dumps(changed(tiny, {"optim.lr": "fast"})))
+    done = program("bench/soak.py", "--config", config, "--steps", "5")
+    assert done.returncode == 2 and "optim.lr" in done.stderr.replace(": ", ".")
