@@ -3,9 +3,10 @@
     python bench/soak.py [--steps 2000] [--config configs/demo.json] [--set KEY=VALUE ...] [--limit 1.0] [--out CSV]
 
 Memory is resident memory in MiB, of the trainer and of its loader workers together; pages they share count in each.
-The slope is a line fitted to all readings after the warm-up, in MiB a 1,000 steps. The exit code is 1 if trainer and
-workers together grow by more than the limit, or open files, threads or processes are more at the end than after the
-warm-up; else it is that of the run.
+It goes up and down by tens of MiB with what the allocator has freed and not given back, so what counts is its floor:
+the slope is that of a line through the lowest readings of eight equal parts of the run after the warm-up, in MiB a
+1,000 steps. The exit code is 1 if the floor of trainer and workers together rises by more than the limit, or the fewest
+open files, threads or processes of the last part are more than those of the first; else it is that of the run.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 READINGS = 200  # of a run, at equal distances
 SHOWN_EVERY = 1000  # steps
+PARTS = 8  # of the run after the warm-up
 
 
 class Reading(NamedTuple):
@@ -111,24 +113,29 @@ class Steps:
 
 
 def slope(readings: Sequence[Reading], warm_up: int, *parts: str) -> float:
-    """Growth of the sum of `parts` after `warm_up` steps, in MiB a 1,000 steps; 0 of fewer than two readings."""
+    """Growth of the floor of the sum of `parts` after `warm_up` steps, in MiB a 1,000 steps."""
+    lowest = floor(readings, warm_up, *parts)
+    return 1000 * float(np.polyfit(*zip(*lowest), 1)[0]) if len(lowest) > 1 else 0.0
+
+
+def floor(readings: Sequence[Reading], warm_up: int, *parts: str) -> list[tuple[int, float]]:
+    """The lowest sum of `parts`, and its step, in each of eight equal parts of the readings after `warm_up` steps."""
     settled = [reading for reading in readings if reading.step >= warm_up]
-    if len(settled) < 2:
-        return 0.0
-    sums = [sum(getattr(reading, part) for part in parts) for reading in settled]
-    return 1000 * float(np.polyfit([reading.step for reading in settled], sums, 1)[0])
+    pairs = [(reading.step, sum(getattr(reading, part) for part in parts)) for reading in settled]
+    shares = [pairs[len(pairs) * k // PARTS : len(pairs) * (k + 1) // PARTS] for k in range(PARTS)]
+    return [min(share, key=lambda pair: pair[1]) for share in shares if share]
 
 
 def judge(readings: Sequence[Reading], warm_up: int, limit: float) -> list[str]:
     """What grows, a sentence each."""
-    settled = [reading for reading in readings if reading.step >= warm_up]
-    if len(settled) < 2:
-        return [f"{len(settled)} readings after the warm-up of {warm_up} steps are too few; take more steps"]
+    settled = sum(reading.step >= warm_up for reading in readings)
+    if settled < PARTS:
+        return [f"{settled} readings after the warm-up of {warm_up} steps are too few; take more steps"]
     faults = []
     if (growth := slope(readings, warm_up, "trainer", "workers")) > limit:
         faults.append(f"memory grows by {growth:.2f} MiB a 1,000 steps, more than {limit:g}")
     for part in ("files", "threads", "processes"):
-        first, last = getattr(settled[0], part), getattr(settled[-1], part)
+        (_, first), *_, (_, last) = floor(readings, warm_up, part)
         if last > first:
             faults.append(f"{part} rise from {first} to {last}")
     return faults
