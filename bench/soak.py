@@ -3,10 +3,11 @@
     python bench/soak.py [--steps 2000] [--config configs/demo.json] [--set KEY=VALUE ...] [--limit 1.0] [--out CSV]
 
 Memory is resident memory in MiB, of the trainer and of its loader workers together; pages they share count in each.
-It goes up and down by tens of MiB with what the allocator has freed and not given back, so what counts is its floor:
-the slope is that of a line through the lowest readings of eight equal parts of the run after the warm-up, in MiB a
-1,000 steps. The exit code is 1 if the floor of trainer and workers together rises by more than the limit, or the fewest
-open files, threads or processes of the last part are more than those of the first; else it is that of the run.
+It goes up and down by tens of MiB with what the allocator has freed and not given back, so what counts is its floor,
+below which a fifth of the readings are: the slope is that of a line through the floors of eight equal parts of the run
+after the warm-up, in MiB a 1,000 steps. The exit code is 1 if the floor of trainer and workers together rises by more
+than the limit, or that of open files, threads or processes is higher in the last part than in the first; else it is
+that of the run.
 """
 
 import argparse
@@ -114,16 +115,18 @@ class Steps:
 
 def slope(readings: Sequence[Reading], warm_up: int, *parts: str) -> float:
     """Growth of the floor of the sum of `parts` after `warm_up` steps, in MiB a 1,000 steps."""
-    lowest = floor(readings, warm_up, *parts)
-    return 1000 * float(np.polyfit(*zip(*lowest), 1)[0]) if len(lowest) > 1 else 0.0
+    floors = floor(readings, warm_up, *parts)
+    return 1000 * float(np.polyfit(*zip(*floors), 1)[0]) if len(floors) > 1 else 0.0
 
 
 def floor(readings: Sequence[Reading], warm_up: int, *parts: str) -> list[tuple[int, float]]:
-    """The lowest sum of `parts`, and its step, in each of eight equal parts of the readings after `warm_up` steps."""
+    """The sum of `parts` that a fifth of the readings lie below, and its step, in each of eight equal parts of the
+    readings after `warm_up` steps.
+    """
     settled = [reading for reading in readings if reading.step >= warm_up]
     pairs = [(reading.step, sum(getattr(reading, part) for part in parts)) for reading in settled]
     shares = [pairs[len(pairs) * k // PARTS : len(pairs) * (k + 1) // PARTS] for k in range(PARTS)]
-    return [min(share, key=lambda pair: pair[1]) for share in shares if share]
+    return [sorted(share, key=lambda pair: pair[1])[len(share) // 5] for share in shares if share]
 
 
 def judge(readings: Sequence[Reading], warm_up: int, limit: float) -> list[str]:

@@ -173,11 +173,9 @@ def _indexed(path: str, changed: int, size: int) -> _Index:
     with _open(path) as container:
         stream = container.streams.video[0]
         times, keys, first = [], [], None
-        for packet in container.demux(stream):
+        for packet in _packets(container, stream):
             if first is None:
-                with contextlib.suppress(
-                    av.FFmpegError
-                ):  # leading pictures of a cut stream; none at all is caught below
+                with contextlib.suppress(av.FFmpegError):  # leading pictures of a cut stream; see below for none
                     first = next(iter(packet.decode()), None)
             if packet.size and not _is_hidden(packet, stream.codec_context.name):
                 times.append(packet.pts)
@@ -249,7 +247,8 @@ def _from_the_start(path: str | Path, places: dict[int, int], counted: bool) -> 
 
 def _decode_all(path: str) -> "Iterator[av.VideoFrame]":
     with _faults(path, "corrupt"), _open(path) as container:
-        yield from container.decode(video=0)
+        for packet in _packets(container, container.streams.video[0]):
+            yield from packet.decode()
 
 
 def _collect(path: str, keys: np.ndarray, places: dict[int, int]) -> dict[int, np.ndarray]:
@@ -279,7 +278,7 @@ def _collect(path: str, keys: np.ndarray, places: dict[int, int]) -> dict[int, n
 def _forward(container, stream, wanted: set[int], key: int | None) -> "Iterator[av.VideoFrame]":
     """Frames from here on. Those that nobody wants and nobody refers to are not decoded."""
     codec = stream.codec_context
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         codec.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
         try:
             yield from packet.decode()
@@ -287,6 +286,12 @@ def _forward(container, stream, wanted: set[int], key: int | None) -> "Iterator[
             # pictures shown before the keyframe refer to what the seek has skipped
             if key is None or packet.pts is None or packet.pts >= key:
                 raise
+
+
+def _packets(container, stream) -> "Iterator[av.Packet]":
+    # one that is left half-way and not closed keeps 150 bytes for ever
+    with contextlib.closing(container.demux(stream)) as packets:
+        yield from packets
 
 
 def _rgb(frame: "av.VideoFrame", reformatter: VideoReformatter) -> np.ndarray:

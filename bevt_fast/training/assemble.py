@@ -119,11 +119,11 @@ def require_same_data(found: Checkpoint, fingerprints: dict[str, Any], allow_cha
         if then and then == {key: now.get(key) for key in then}:
             continue
         listed = then and all(then.get(key) == now[key] for key in ("files", "sha256"))
-        what = "sizes of the files of" if listed else "files listed for"
-        sentence = f"{found.path}: the {what} {stream} are not those this run began with ({then} then, {now} now)"
+        what = f"sizes of the files of {stream} are not those" if listed else f"list of {stream} is not the one"
+        sentence = f"{found.path}: the {what} this run began with ({then} then, {now} now)"
         if not allow_change:
             raise CheckpointError(
-                f"{sentence}; bring them back, take these with data.allow_change=true, or begin a new run with "
+                f"{sentence}; bring it back, go on all the same with data.allow_change=true, or begin a new run with "
                 f"model.weights = {found.path / 'model.safetensors'}"
             )
         log.warning("%s; data.allow_change takes them: from here on the samples are others", sentence)

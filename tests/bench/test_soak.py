@@ -19,7 +19,7 @@ def readings(leak: float = 0.0, **last: int) -> list[Reading]:
     """
     found = []
     for step in range(0, 2000, 10):
-        unreturned = 25.0 * (step // 10 % 7 > 1) + 10 * (step > 1200 and step // 10 % 5 > 0)
+        unreturned = 25.0 * (step // 10 % 3 > 0) - 70 * (step == 1530)
         reading = Reading(step, min(600 + step, 800) + unreturned + leak * step / 1000, 50.0, 20 + step // 10 % 3, 9, 3)
         found.append(reading._replace(**last) if step >= 1700 else reading)
     return found

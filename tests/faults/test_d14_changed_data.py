@@ -38,9 +38,9 @@ def test_d14_changed_data_is_refused_unless_the_user_allows_it(folder: Path, cli
     (folder / "3.avi").write_bytes(before)
     listed = (folder / "list.txt").read_text()
     (folder / "list.txt").write_text(listed.replace("0.avi\n1.avi\n", "1.avi\n0.avi\n"))
-    refused("files listed")
+    refused("list of clips")
     (folder / "list.txt").write_text(listed.replace("5.avi\n", ""))
-    refused("files listed", "'files': 6", "'files': 5")
+    refused("list of clips", "'files': 6", "'files': 5")
 
     with caplog.at_level(logging.WARNING, "bevt_fast"):
         assert here(longer, "--resume", "auto", "--set", "data.allow_change=true").code == 0

@@ -1,5 +1,7 @@
 """A tenth of the files is bad, workers and trainer are killed: the run trains on the same samples, to the last bit."""
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bevt_fast.data import decode
 from bevt_fast.training.run import Run
 from tests.data import media
 from tests.faults import making
@@ -94,6 +97,34 @@ def test_killed_workers_and_a_killed_trainer_change_no_sample(run, here, backgro
     assert len(losses(config.with_suffix(""))) < STEPS
     assert here(config, "--resume", "auto").code == 0
     assert result(config) == expected["run"]
+
+
+class Heap(ctypes.Structure):
+    """What glibc's mallinfo2 returns, malloc.h."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped d e used f g".split()]
+
+
+@pytest.mark.parametrize("codec, name", [("libx264", "a.mp4"), ("libvpx-vp9", "a.webm"), ("mpeg4", "a.avi")])
+def test_reading_clips_keeps_no_memory(codec: str, name: str, tmp_path: Path) -> None:
+    """A container that is left half-way must give all back: 150 bytes a clip are gigabytes in a long run."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        pytest.skip("needs glibc 2.33")
+    mallinfo.restype = Heap
+    path = media.video(tmp_path / name, codec, frames=12, options={"bf": "0"} if codec == "libx264" else {})
+
+    def used_after(clips: int) -> int:
+        for _ in range(clips):
+            decode.read_frames(path, [1, 5])
+        gc.collect()
+        heap = mallinfo()
+        return heap.used + heap.mapped
+
+    used_after(100)  # caches fill
+    before = used_after(100)
+    growth = used_after(400) - before
+    assert growth < 400 * 50, f"{growth / 400:.0f} bytes a clip"
 
 
 def killing_workers(steps: set[int]):
