@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "bevt_fast/__init__.py").re
 
 train = [
     "av>=18", "deepspeed>=0.19.8", "einops", "jaxtyping", "matplotlib", "numpy", "opencv-python-headless",
-    "pillow", "pydantic>=2.7", "safetensors", "tensorboard", "tqdm",
+    "pillow", "psutil", "pydantic>=2.7", "safetensors", "tensorboard", "tqdm",
 ]  # fmt: skip
 dali = ["nvidia-dali-cuda130>=2.4"]
 gpu = [*dali, "xformers>=0.0.35"]

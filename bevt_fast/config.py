@@ -155,6 +155,9 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0, strict=True)] = 2  # processes per stream; 0 reads in the training process
     prefetch: Positive = 2  # batches each worker holds ready
     quarantine_share: Share = 0.25  # of a stream's files; more bad files than this stops the run
+    # a clip with damaged frames: replace the sample, repeat the frame before, or end the run (NEEDS D02)
+    on_damage: Literal["quarantine", "use_previous", "fail"] = "quarantine"
+    allow_change: bool = False  # go on from a checkpoint although the lists or the files of the data have changed
     views: Positive | None = None  # frames and crops of a pass repeat those of `views` passes before; None: never
     token_cache: Annotated[str, Field(min_length=1)] | None = None  # a directory of `prepare.py tokens`
 

@@ -23,7 +23,7 @@ from bevt_fast.config import Part, load
 from bevt_fast.data import sources
 from bevt_fast.data.sources import Frames
 from bevt_fast.data.verify import processes, summary
-from bevt_fast.data.verify.examine import Job, look
+from bevt_fast.data.verify.examine import Job, examine, look
 from bevt_fast.training.quarantine import Quarantine
 from tests.data import media
 from tests.training.command import ROOT, environment
@@ -408,7 +408,22 @@ def test_help_needs_no_torch_and_no_decoder(program):
     assert "--timeout" in program("-c", blocked + run, check=0).stdout
 
 
-def test_a_file_that_hangs_is_named_and_the_rest_goes_on(few, capsys):
+@pytest.fixture
+def pipes_are_files(tmp_path_factory, monkeypatch):
+    """Checking processes open named pipes as if they were files, and wait: so does a file on a disk that hangs."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text("import os; os.path.isfile = os.path.exists")
+    monkeypatch.syspath_prepend(folder)
+    return str(folder)
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    found = examine(Job(str(tmp_path / "x.jpg"), "images"), "ends")
+    assert (found["status"], found["reason"]) == ("unreadable", "not a regular file")
+
+
+def test_a_file_that_hangs_is_named_and_the_rest_goes_on(few, capsys, pipes_are_files):
     data, out = few
     folder_of_frames(data / "f", 3)
     (data / "f" / "1.jpg").unlink()
@@ -424,7 +439,7 @@ def test_a_file_that_hangs_is_named_and_the_rest_goes_on(few, capsys):
     assert verify("--data", data / "list.txt", "--timeout", "2", out=out) == 0 and checked(capsys) == 1
 
 
-def test_a_file_that_ends_its_process_twice_is_named(tmp_path, few):
+def test_a_file_that_ends_its_process_twice_is_named(tmp_path, few, pipes_are_files):
     fifo, good = tmp_path / "x.jpg", few[0] / "a.webm"
     os.mkfifo(fifo)
     deaths = []
@@ -451,11 +466,11 @@ def test_a_file_that_ends_its_process_twice_is_named(tmp_path, few):
     assert not psutil.Process().children()
 
 
-def test_a_process_that_hangs_alone_ends_itself(tmp_path):
+def test_a_process_that_hangs_alone_ends_itself(tmp_path, pipes_are_files):
     os.mkfifo(tmp_path / "x.jpg")
     code = "from bevt_fast.data.verify import examine; examine.GRACE = 0; examine.main('1', '0.2')"
     job = json.dumps([Job(str(tmp_path / "x.jpg"), "images"), None])
-    place = environment(PYTHONPATH=str(ROOT))
+    place = environment(PYTHONPATH=os.pathsep.join((pipes_are_files, str(ROOT))))
     done = subprocess.run([sys.executable, "-c", code], input=job + "\n", env=place, capture_output=True, text=True)
     assert done.returncode == -signal.SIGALRM, done.stderr
     assert done.stdout.splitlines()[0] == "null" and len(done.stdout.splitlines()) == 2
@@ -468,7 +483,7 @@ def test_processes_that_cannot_start_are_no_fault_of_the_files(few, capsys, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_stopped_anywhere_and_gone_on_with(few, capsys, number):
+def test_stopped_anywhere_and_gone_on_with(few, capsys, number, pipes_are_files):
     data, out = few
     folder_of_frames(data / "f", 2)
     (data / "f" / "1.jpg").unlink()
@@ -477,7 +492,8 @@ def test_stopped_anywhere_and_gone_on_with(few, capsys, number):
     command = [sys.executable, PREPARE, "verify", "--data", data / "list.txt", "--out", out, "--workers", "1"]
     # a shell without job control starts what it puts in the background deaf to Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    started = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    place = environment(PYTHONPATH=pipes_are_files)
+    started = subprocess.Popen(command, cwd=ROOT, env=place, stderr=subprocess.PIPE, text=True)
     with (data / "f" / "1.jpg").open("w"):  # opens when the third file is being read
         children = psutil.Process(started.pid).children()
         started.send_signal(number)

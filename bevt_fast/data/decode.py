@@ -10,6 +10,7 @@ callers number them as the video shows them. Whatever is wrong with a file ends 
 import contextlib
 import errno
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -151,6 +152,8 @@ def read_image(path: File) -> np.ndarray:
 def _faults(path: File, kind: str) -> Iterator[None]:
     """Turns every failure to read `path` into a BadFile, of kind `kind` where nothing more is known."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe, or read a device, could take for ever
+            raise BadFile("unreadable", path, "not a regular file")
         yield
     except (BadFile, MemoryError):
         raise
@@ -198,7 +201,7 @@ def _indexed(path: str, changed: int, size: int) -> Index:
     with _open(path) as container:
         stream = container.streams.video[0]
         times, keys, first = [], [], None
-        for packet in container.demux(stream):
+        for packet in _packets(container, stream):
             if first is None:
                 # leading pictures of a cut stream; none at all is caught below
                 with contextlib.suppress(av.FFmpegError):
@@ -267,7 +270,8 @@ def _from_the_start(path: File, places: dict[int, int], counted: bool) -> dict[i
 def decode_all(path: str) -> "Iterator[av.VideoFrame]":
     """Every frame of a video file, one after the other, as stored. Raises BadFile at the first that is damaged."""
     with _faults(path, "corrupt"), _open(path) as container:
-        yield from container.decode(video=0)
+        for packet in _packets(container, container.streams.video[0]):
+            yield from packet.decode()
 
 
 def _collect(path: str, keys: np.ndarray, places: dict[int, int]) -> dict[int, np.ndarray]:
@@ -297,7 +301,7 @@ def _collect(path: str, keys: np.ndarray, places: dict[int, int]) -> dict[int, n
 def _forward(container, stream, wanted: set[int], key: int | None) -> "Iterator[av.VideoFrame]":
     """Frames from here on. Those that nobody wants and nobody refers to are not decoded."""
     codec = stream.codec_context
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         codec.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
         try:
             yield from packet.decode()
@@ -305,6 +309,12 @@ def _forward(container, stream, wanted: set[int], key: int | None) -> "Iterator[
             # pictures shown before the keyframe refer to what the seek has skipped
             if key is None or packet.pts is None or packet.pts >= key:
                 raise
+
+
+def _packets(container, stream) -> "Iterator[av.Packet]":
+    # one that is left half-way and not closed keeps 150 bytes for ever
+    with contextlib.closing(container.demux(stream)) as packets:
+        yield from packets
 
 
 def _rgb(frame: "av.VideoFrame", reformatter: VideoReformatter) -> np.ndarray:

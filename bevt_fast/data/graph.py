@@ -71,10 +71,14 @@ class GraphReader(StreamReader):
         return Prepared(slot, drawn, {"pictures": self.pictures(drawn, slot.file), **inputs})
 
     def _is_for_dali(self, file: int) -> bool:
-        taken = pipeline.takes_on_gpu if self.device.type == "cuda" else pipeline.takes
+        takes = pipeline.takes_on_gpu if self.device.type == "cuda" else pipeline.takes
+        found = self._probed(file)
+        if not takes(found):
+            self._left_to_pyav.add(found.codec)
+            return False
         path = self.source.path(file)
         size = path.stat().st_size if isinstance(path, Path) else 0  # what is packed with others is small
-        return taken(self._probed(file)) and size <= pipeline.LARGEST_FILE
+        return size <= pipeline.LARGEST_FILE
 
 
 def pack(samples: Sequence[Prepared]) -> tuple[list[tuple[Prepared, str, tuple[int, ...]]], Tensor]:

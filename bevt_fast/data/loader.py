@@ -103,6 +103,8 @@ class Loader:
             self._records += item["bad"]
             self._busy[name] = self._busy.get(name, Busy()).plus(item["busy"])
             self._cutting += item.get("cutting", 0.0)
+            for codec in item["left_to_pyav"]:
+                _warn(f"DALI does not decode {codec} here: PyAV reads such files, on the CPU")
         if self._since is None:  # workers start and caches fill once: no figure of the training
             self.pace()
         batches: dict[str, Any] = {name: item.get("batch") or self._batch(name, **item) for name, item in items.items()}

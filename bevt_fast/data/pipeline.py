@@ -100,7 +100,7 @@ class DaliViews:
         """For each job pixels ([T,] S, S, 3) uint8, or what is wrong with its file."""
         try:
             pictures = self._run(jobs)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError) as error:  # the latter: the storage, between the header and now
             self._pipeline = None  # DALI: "current pipeline object is no longer valid"
             if len(jobs) == 1:
                 return [BadFile("corrupt", jobs[0].path, _reason(error))]

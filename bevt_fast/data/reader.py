@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bevt_fast.config import Config, Stream, View, accumulation
-from bevt_fast.data import decode, masking, pace, phases, pipeline, pipeline_reference, sampling
+from bevt_fast.data import damage, decode, masking, pace, phases, pipeline, pipeline_reference, sampling
 from bevt_fast.data.decode import BadFile, Probe
 from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CELL = 16  # pixels on the side of a mask cell (SPEC 2.1: 14 cells of 224 pixels)
 MAX_SUBSTITUTES = 50  # bad files in a row before the data is called unusable
+LARGEST_PICTURE = 2**24  # pixels after rescaling, 16 times what is usual; of 1 x 30000 it would be 2**31
 HELDOUT_SEED = 0  # the same held-out views in every run, so that runs can be compared
 
 Read = TypeVar("Read")
@@ -69,8 +70,9 @@ class StreamReader(Dataset):
     """One stream of one process, by number of the micro-batch: `reader[i]` is the i-th since the start of the run.
 
     An item is a dict of pixels (B, [T,] S, S, 3) and, if `token_views`, token_pixels (B, [T,] s, s, 3) uint8, mask
-    bool, `busy`, and `bad`: a list of records. After `take_targets_from` it has `known` instead of token_pixels: ids,
-    int64. An error meant for the user is returned, not raised: so it reaches the training process as it is.
+    bool, `busy`, `bad`: a list of records, and `left_to_pyav`: the codecs met so far that DALI does not take. After
+    `take_targets_from` it has `known` instead of token_pixels: ids, int64. An error meant for the user is returned, not
+    raised: so it reaches the training process as it is.
     """
 
     def __init__(
@@ -94,7 +96,10 @@ class StreamReader(Dataset):
             self.dali = DaliViews(self.kind, section.micro_batch, self.order)
         self.token_views = True  # without them the training device makes them of the pixels
         self.cache: "TokenCache | None" = None
+        self.on_damage = config.data.on_damage
         self._bad: dict[int, BadFile] = {}  # files this process knows to be bad, by index
+        self._repaired: list[dict[str, Any]] = []  # records of clips that `use_previous` has kept
+        self._left_to_pyav: set[str] = set()  # codecs met that DALI does not take
 
     def take_targets_from(self, cache: "TokenCache | None") -> None:
         """Items have the ids of `cache` from now on, and no token pixels."""
@@ -109,7 +114,7 @@ class StreamReader(Dataset):
             item, busy = pace.measured(lambda: self.item(places, bad))
         except UserError as error:
             return error
-        return item | {"bad": bad, "busy": busy}
+        return item | {"bad": bad, "busy": busy, "left_to_pyav": sorted(self._left_to_pyav)}
 
     def item(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> dict[str, Any]:
         """The samples at `places` as they travel to the training process."""
@@ -141,6 +146,7 @@ class StreamReader(Dataset):
                     found[k] = outcome
                     continue
                 place, file, failed = slots[k]
+                self._refuse(outcome, place.epoch, file)
                 view = self._view(place.epoch)
                 other = sampling.substitute(self.seed, self.key, view, place.index, failed, len(self.source))
                 bad.append(self.record(outcome, place.epoch, file, other))
@@ -152,6 +158,8 @@ class StreamReader(Dataset):
                 )
                 error.records = bad
                 raise error
+        bad += self._repaired
+        self._repaired = []
         return [found[k] for k in range(len(slots))]
 
     def draw(self, epoch: int, index: int, file: int) -> Draw:
@@ -163,6 +171,9 @@ class StreamReader(Dataset):
             frames = sampling.clip_frames(found.frames, self.source.frames, rng)
             steps = self.source.frames.count // 2
         crop = sampling.draw_crop(found.height, found.width, self.view, rng)
+        if crop.height * crop.width > LARGEST_PICTURE:
+            shape = f"{found.height} x {found.width} pixels, {crop.height} x {crop.width} rescaled"
+            raise BadFile("unreadable", self.source.path(file), f"too long and narrow: {shape}")
         grid = (self.view.size // CELL, self.view.size // CELL)
         mask = self.masking(grid, steps, sampling.random_for(self.seed, self.key, epoch, index, "mask"))
         return Draw(epoch, index, frames, crop, mask)
@@ -185,7 +196,7 @@ class StreamReader(Dataset):
         draws = [or_bad(self.draw, *slot.place, slot.file) for slot in slots]
         jobs: dict[int, Job] = {}  # what DALI reads, all at once
         for k, (drawn, slot) in enumerate(zip(draws, slots)):
-            if self.dali is not None and isinstance(drawn, Draw) and pipeline.takes(self._probed(slot.file)):
+            if isinstance(drawn, Draw) and self._dali_takes(slot.file):
                 jobs[k] = self._job(drawn, slot.file)
         cut = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
         outcomes: list[Sample | BadFile] = []
@@ -200,6 +211,14 @@ class StreamReader(Dataset):
             outcomes.append(pixels if isinstance(pixels, BadFile) else Sample(pixels, drawn.mask, slot.file))
         return outcomes
 
+    def _dali_takes(self, file: int) -> bool:
+        if self.dali is None:
+            return False
+        found = self._probed(file)
+        if not (taken := pipeline.takes(found)):
+            self._left_to_pyav.add(found.codec)
+        return taken
+
     def _job(self, drawn: Draw, file: int) -> Job:
         first = self.source.extent(file)[0]
         frames = drawn.frames
@@ -213,7 +232,7 @@ class StreamReader(Dataset):
         if wanted is None:
             return self._remembering(file, lambda: decode.read_image(path))
         # a clip that cannot be decoded says nothing about other clips of the file, so it is not remembered
-        return _twice(lambda: decode.read_frames(path, wanted, self.source.extent(file)))
+        return self._clip(drawn, wanted, file)
 
     def _pixels(self, drawn: Draw, file: int) -> np.ndarray:
         """Pixels of a draw, read from `file` without DALI."""
@@ -221,6 +240,27 @@ class StreamReader(Dataset):
         if drawn.frames is None:
             return pipeline_reference.image_pixels(pictures, drawn.crop, self.order)
         return pipeline_reference.clip_pixels(pictures, drawn.crop)
+
+    def _clip(self, drawn: Draw, wanted: list[int], file: int) -> np.ndarray:
+        """The frames `wanted` of a file; damaged ones are as `data.on_damage` says. Raises BadFile."""
+        path, extent = self.source.path(file), self.source.extent(file)
+        try:
+            return _twice(lambda: decode.read_frames(path, wanted, extent))
+        except BadFile as error:
+            if self.on_damage != "use_previous" or error.kind != "corrupt":
+                raise
+            frames = _twice(lambda: damage.read_good_frames(path, wanted, extent))
+            self._repaired.append(self.record(error, drawn.epoch, file, file))
+            return frames
+
+    def _refuse(self, error: BadFile, epoch: int, file: int) -> None:
+        """Raises DataError for a damaged clip where `data.on_damage` says so."""
+        if self.on_damage == "fail" and error.kind == "corrupt" and self.source.frames is not None:
+            failure = DataError(
+                f"{self.name}: {error}; repair or remove the file, or set data.on_damage to quarantine or use_previous"
+            )
+            failure.records = [self.record(error, epoch, file, file)]
+            raise failure
 
     def record(self, error: BadFile, epoch: int, file: int, substitute: int) -> dict[str, Any]:
         """One line of quarantine.jsonl. The path is the sample's, also where a file inside it is at fault."""

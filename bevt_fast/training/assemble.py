@@ -94,7 +94,7 @@ def open_engine(
     torch.manual_seed(config.seed)
     objective = build_objective(config, tokenizer.vocab_size, initialise=found is None)
     if found:
-        require_same_data(found, fingerprints)
+        require_same_data(found, fingerprints, config.data.allow_change)
         checkpoint.require_same_architecture(found, objective.model)
         objective.model.load_state_dict(found.weights)
     engine = Engine(objective.to(world.device), config, world)
@@ -105,9 +105,9 @@ def open_engine(
     return engine
 
 
-def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
-    """The same lists give the same samples, and the same tokenizer the same targets; others would silently give
-    others. Raises CheckpointError.
+def require_same_data(found: Checkpoint, fingerprints: dict[str, Any], allow_change: bool = False) -> None:
+    """The same files give the same samples, and the same tokenizer the same targets; others would silently give
+    others. Raises CheckpointError; with `allow_change` other files are said aloud and taken.
     """
     name = fingerprints["tokenizer"]
     if found.trainer.get("tokenizer", name) != name:
@@ -117,22 +117,31 @@ def require_same_data(found: Checkpoint, fingerprints: dict[str, Any]) -> None:
         )
     for stream, now in fingerprints["data"].items():
         then = found.trainer.get("data", {}).get(stream)
-        # what the checkpoint does not know of the list is not held against it
-        if not then or then != {key: now.get(key) for key in then}:
+        # what the checkpoint does not know of the data is not held against it
+        if then and then == {key: now.get(key) for key in then}:
+            continue
+        listed = then and all(then.get(key) == now[key] for key in ("files", "sha256"))
+        what = f"sizes of the files of {stream} are not those" if listed else f"list of {stream} is not the one"
+        sentence = f"{found.path}: the {what} this run began with ({then} then, {now} now)"
+        if not allow_change:
             raise CheckpointError(
-                f"{found.path}: the list of {stream} is not the one this run began with ({then} then, {now} now); "
-                f"bring it back, or begin a new run with model.weights = {found.path / 'model.safetensors'}"
+                f"{sentence}; bring it back, go on all the same with data.allow_change=true, or begin a new run with "
+                f"model.weights = {found.path / 'model.safetensors'}"
             )
+        log.warning("%s; data.allow_change takes them: from here on the samples are others", sentence)
 
 
 def fingerprint(source: Source) -> dict[str, str | int]:
-    """Number of files, a digest of their names (and which frames of them) in order, and one of their labels if any."""
+    """Number of files, a digest of their names and which frames of them, in order, one of the sizes of those looked at
+    before the run, and one of the labels if there are any.
+    """
     digest = hashlib.sha256()
     for path in source.paths:
         digest.update(path.encode(errors="surrogateescape") + b"\n")
     if source.extents is not None:
         digest.update(source.extents.tobytes())
-    found: dict[str, str | int] = {"files": len(source), "sha256": digest.hexdigest()}
+    sizes = hashlib.sha256(repr(sources.sizes(source)).encode())
+    found: dict[str, str | int] = {"files": len(source), "sha256": digest.hexdigest(), "sizes": sizes.hexdigest()}
     if source.labels is not None:
         found["labels"] = hashlib.sha256(source.labels.tobytes()).hexdigest()
     return found

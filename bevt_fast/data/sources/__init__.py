@@ -3,6 +3,8 @@
 The file name is the name in the JSON. A part exposes `Options` and `build(options) -> Source`; parts never meet.
 """
 
+import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -106,8 +108,7 @@ def preflight(source: Source, allowed_share: float = 0.0) -> int:
     All files of a source of up to 20,000 are looked for, 2,000 evenly spaced ones of a larger one. Raises DataError
     with the count, the root and the first five if more than `allowed_share` of them are missing.
     """
-    n = len(source)
-    indices = range(n) if n <= CHECK_ALL else [k * n // CHECK_SOME for k in range(CHECK_SOME)]
+    n, indices = len(source), _looked_for(source)
     with ThreadPoolExecutor(16) as pool:  # on a network file system each answer takes its time
         there = list(pool.map(_exists, (source.path(index) for index in indices)))
     missing = [source.paths[index] for index, found in zip(indices, there) if not found]
@@ -117,6 +118,27 @@ def preflight(source: Source, allowed_share: float = 0.0) -> int:
             f"{source.root}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; check the option 'root'"
         )
     return len(missing)
+
+
+def sizes(source: Source) -> list[int]:
+    """Bytes of the files that `preflight` looks for, in order; -1 for what is not there, or no regular file."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(_size, (source.path(index) for index in _looked_for(source))))
+
+
+def _looked_for(source: Source) -> Sequence[int]:
+    n = len(source)
+    return range(n) if n <= CHECK_ALL else [k * n // CHECK_SOME for k in range(CHECK_SOME)]
+
+
+def _size(path: Path | Packed) -> int:
+    if isinstance(path, Packed):
+        return path.size
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _exists(path: Path | Packed) -> bool:
