@@ -30,6 +30,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
 LEFT_OUT, CONTEXT_LOST = 77, 3  # exit codes of a part, of `python -m bevt_kernels`
 MOST_FILES = 8
 NEEDS = ("torch", "triton", "einops", "numpy", "pytest")
+READS = ("av", "cv2", "nvidia.dali", "pydantic")  # what the loader cannot be measured without
 TAIL = 60  # lines of a part's output in the report
 
 
@@ -71,6 +72,13 @@ class Where(NamedTuple):
     work: Path
 
 
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
 def parts(options: argparse.Namespace, where: Where) -> list[Part]:
     """Correctness, then benchmarks, then tuning."""
     python, here = sys.executable, str(Path(__file__).resolve())
@@ -83,6 +91,9 @@ def parts(options: argparse.Namespace, where: Where) -> list[Part]:
     no_step = "" if (bench / "throughput.py").exists() else "bench/throughput.py does not exist"
     kernels = (python, str(bench / "kernels.py"), "--out", str(where.work))
     launches = (python, str(bench / "launches.py"))
+    loader = (python, str(bench / "loader.py"), "--out", str(where.work), "--rounds", "3")
+    absent = [name for name in READS if not _is_installed(name)]
+    no_loader = f"not installed: {', '.join(absent)}" if absent else ""
     few = ("--case", "2x3x4", "--most", "1") if small else ()
     found = [
         Part("machine", "The machine", (*own, "--part", "machine"), 40),
@@ -109,6 +120,10 @@ def parts(options: argparse.Namespace, where: Where) -> list[Part]:
         Part(
             "step", "The training step", (python, str(bench / "throughput.py"), "--out", str(where.work)), 60,
             keeps=("throughput.csv", "throughput.md"), missing=no_step,
+        ),
+        Part(
+            "loader", "Clips and images a second", (*loader, *(("--quick",) if small else ())), 70,
+            keeps=("loader.csv",), missing=no_loader,
         ),
     ]  # fmt: skip
     if options.tune:
