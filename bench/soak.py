@@ -116,7 +116,10 @@ class Steps:
 def slope(readings: Sequence[Reading], warm_up: int, *parts: str) -> float:
     """Growth of the floor of the sum of `parts` after `warm_up` steps, in MiB a 1,000 steps."""
     floors = floor(readings, warm_up, *parts)
-    return 1000 * float(np.polyfit(*zip(*floors), 1)[0]) if len(floors) > 1 else 0.0
+    if len(floors) < 2:
+        return 0.0
+    steps, sums = zip(*floors)
+    return 1000 * float(np.polyfit(steps, sums, 1)[0])
 
 
 def floor(readings: Sequence[Reading], warm_up: int, *parts: str) -> list[tuple[int, float]]:
