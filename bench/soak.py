@@ -115,8 +115,11 @@ class Steps:
 
 def slope(readings: Sequence[Reading], warm_up: int, *parts: str) -> float:
     """Growth of the floor of the sum of `parts` after `warm_up` steps, in MiB a 1,000 steps."""
-    floors = np.array(floor(readings, warm_up, *parts))
-    return 1000 * float(np.polyfit(floors[:, 0], floors[:, 1], 1)[0]) if len(floors) > 1 else 0.0
+    floors = floor(readings, warm_up, *parts)
+    if len(floors) < 2:
+        return 0.0
+    steps, sums = zip(*floors)
+    return 1000 * float(np.polyfit(steps, sums, 1)[0])
 
 
 def floor(readings: Sequence[Reading], warm_up: int, *parts: str) -> list[tuple[int, float]]:
