@@ -423,8 +423,13 @@ def test_a_pipe_is_no_file(tmp_path):
     assert (found["status"], found["reason"]) == ("unreadable", "not a regular file")
 
 
+def children():
+    """Of this process, which under pytest-xdist may have some of its own."""
+    return psutil.Process().children()
+
+
 def test_a_file_that_hangs_is_named_and_the_rest_goes_on(few, capsys, pipes_are_files):
-    data, out = few
+    (data, out), before = few, children()
     folder_of_frames(data / "f", 3)
     (data / "f" / "1.jpg").unlink()
     os.mkfifo(data / "f" / "1.jpg")  # opening it waits for somebody to write
@@ -432,7 +437,7 @@ def test_a_file_that_hangs_is_named_and_the_rest_goes_on(few, capsys, pipes_are_
     assert verify("--data", data / "list.txt", "--timeout", "1", out=out) == 3
     rows = report(out)
     assert [row["status"] for row in rows] == ["ok", "unreadable", "ok"] and rows[1]["reason"] == "not read within 1 s"
-    assert not psutil.Process().children()
+    assert children() == before
     capsys.readouterr()
     assert verify("--data", data / "list.txt", "--timeout", "1", out=out) == 3 and checked(capsys) == 0
     (data / "f" / "1.jpg").unlink()
@@ -440,14 +445,14 @@ def test_a_file_that_hangs_is_named_and_the_rest_goes_on(few, capsys, pipes_are_
 
 
 def test_a_file_that_ends_its_process_twice_is_named(tmp_path, few, pipes_are_files):
-    fifo, good = tmp_path / "x.jpg", few[0] / "a.webm"
+    fifo, good, before = tmp_path / "x.jpg", few[0] / "a.webm", children()
     os.mkfifo(fifo)
     deaths = []
 
     def end_what_opens_it():
         while len(deaths) < 2:
             with fifo.open("w"):  # opens when the other side does
-                (child,) = psutil.Process().children()
+                (child,) = set(children()) - set(before)
                 child.send_signal(signal.SIGSEGV)
                 deaths.append(child.pid)
                 while psutil.pid_exists(child.pid):  # its parent is who may ask how it ended
@@ -463,7 +468,7 @@ def test_a_file_that_ends_its_process_twice_is_named(tmp_path, few, pipes_are_fi
     (_, fault), (_, row), (_, known) = answers
     assert len(set(deaths)) == 2 and fault is not None and row is not None and known is None
     assert fault["status"] == "unreadable" and "Segmentation fault" in fault["reason"] and row["status"] == "ok"
-    assert not psutil.Process().children()
+    assert children() == before
 
 
 def test_a_process_that_hangs_alone_ends_itself(tmp_path, pipes_are_files):
@@ -495,12 +500,12 @@ def test_stopped_anywhere_and_gone_on_with(few, capsys, number, pipes_are_files)
     place = environment(PYTHONPATH=pipes_are_files)
     started = subprocess.Popen(command, cwd=ROOT, env=place, stderr=subprocess.PIPE, text=True)
     with (data / "f" / "1.jpg").open("w"):  # opens when the third file is being read
-        children = psutil.Process(started.pid).children()
+        workers = psutil.Process(started.pid).children()
         started.send_signal(number)
         said = started.communicate(timeout=60)[1]
     assert started.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL) and "Traceback" not in said
     # what it was reading has an end now, and so has its input
-    assert children and not psutil.wait_procs(children, timeout=60)[1]
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1]
     with (out / "report.csv").open("ab") as file:
         file.write(b'/half/a/row,ok,,"mov,')
     (data / "f" / "1.jpg").unlink()

@@ -120,7 +120,7 @@ def require_same_data(found: Checkpoint, fingerprints: dict[str, Any], allow_cha
         # what the checkpoint does not know of the data is not held against it
         if then and then == {key: now.get(key) for key in then}:
             continue
-        listed = then and all(then.get(key) == now[key] for key in ("files", "sha256"))
+        listed = then and all(then.get(key) == now.get(key) for key in then if key != "sizes")
         what = f"sizes of the files of {stream} are not those" if listed else f"list of {stream} is not the one"
         sentence = f"{found.path}: the {what} this run began with ({then} then, {now} now)"
         if not allow_change:

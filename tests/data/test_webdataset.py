@@ -392,7 +392,7 @@ def test_batches_are_those_of_the_loose_files(tmp_path, decoder):
 def test_a_checkpoint_that_knows_less_of_a_list_is_gone_on_from(tmp_path):
     shard(tmp_path / "a.tar", samples(0, 3))
     now = fingerprint(built(tmp_path))
-    assert set(now) == {"files", "sha256", "labels"}
+    assert set(now) == {"files", "sha256", "sizes", "labels"}
 
     def resumed(then):
         found = Checkpoint(tmp_path, 1, {}, {}, {"data": {"images": then}})
