@@ -243,6 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("loader.py: --device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
         return 1
+    if chosen.data is not None and not Path(chosen.data).is_dir():
+        print(f"loader.py: --data {chosen.data} is no folder; give one that holds videos")
+        return 1
     Path(chosen.out).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

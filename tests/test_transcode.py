@@ -276,7 +276,7 @@ def test_two_runs_do_not_write_to_one_folder(fresh, capsys):
     with (fresh / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, _, errors = run(capsys, fresh / "data", fresh / "out")
-    assert code == 3 and "another program writes to" in errors
+    assert code == 3 and "another program is writing" in errors
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(data, tmp_path):

@@ -1,5 +1,7 @@
 """Folders of videos or images: what is in them, in the same order everywhere, without opening a file."""
 
+import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,3 +95,15 @@ def where_they_are(paths: list[str], *folders: Path) -> Path:
         if any((folder / path).exists() for path in paths[:10]):
             return folder
     return folders[0]
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Makes the folder and keeps other programs out of it. Raises DataError where another one writes to it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another program is writing {out}; wait for it, or choose another --out") from None
+        yield

@@ -8,7 +8,6 @@ Run again, it writes what is missing or has changed, and nothing else.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from bevt_fast.data.annotations import read_list
 from bevt_fast.data.coding import CODINGS, Recipe, Task, write
 from bevt_fast.data.decode import BadFile
+from bevt_fast.data.folders import locked
 from bevt_fast.data.sources import Source
 from bevt_fast.errors import ConfigError, DataError
 
@@ -195,12 +195,7 @@ def _check_recipe(recipe: Recipe) -> None:
 def _alone(out: Path) -> Iterator[None]:
     """Makes `out`, and keeps other runs out of it. Raises DataError, also where it cannot be written to later."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another program writes to {out}; wait for it, or choose another --out") from None
+        with locked(out):
             yield
     except OSError as error:
         raise DataError(

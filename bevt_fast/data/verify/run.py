@@ -8,7 +8,6 @@ out/summary.txt             what is printed
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import shlex
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from bevt_fast.config import Config
 from bevt_fast.data import decode, pipeline, sources
 from bevt_fast.data.decode import Probe
+from bevt_fast.data.folders import locked
 from bevt_fast.data.packed import PackedPaths, Part
 from bevt_fast.data.sources import Source
 from bevt_fast.data.verify import cleaned, processes
@@ -81,7 +81,7 @@ def verify(listed: Sequence[Listed], out: Path, how: How, config: str | None) ->
         raise ConfigError("there is nothing to verify; give --data PATH, --config FILE, or both")
     start = time.perf_counter()
     try:
-        with _locked(out), contextlib.closing(Report(out / "report.csv")) as report:
+        with locked(out), contextlib.closing(Report(out / "report.csv")) as report:
             checked = _check(listed, report, how)
             report.sort(job for one in listed for job in _jobs(one.source))
             seconds = time.perf_counter() - start
@@ -239,15 +239,3 @@ class _Progress:
     def close(self) -> None:
         """Leave the terminal in order."""
         self._bar.close()
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Makes the folder and keeps others out of it. Raises DataError where another program is at it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another program is writing {out}; wait for it, or name another folder by --out") from None
-        yield
