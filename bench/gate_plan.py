@@ -59,11 +59,11 @@ def _correctness(where: Where, small: bool) -> list[Part]:
     return [
         Part("machine", "The machine", (*own, "--part", "machine"), 30),
         Part(
-            "tests", "Tests that need a GPU", (*pytest, *tests), 80, True,
+            "tests", "Tests that need a GPU", (*pytest, *tests), 100, True,
             missing=no_pytest or ("" if tests else "no test is marked gpu"),
         ),
         Part(
-            "exactness", "Every case against float64", (*own, "--part", "exactness"), 105, True, tail=400,
+            "exactness", "Every case against float64", (*own, "--part", "exactness"), 120, True, tail=400,
             budget="--budget", keeps=("exactness.csv",),
         ),
         Part(
@@ -84,7 +84,8 @@ def _benchmarks(where: Where, small: bool) -> list[Part]:
         # compiling the official step takes longer than the whole part
         Part(
             "step", "The training step, Swin-B, bf16, without torch.compile",
-            (*_script("throughput.py"), *to, "--device", device, "--no-compile", "--budget", "25", *quick), 80,
+            (*_script("throughput.py"), *to, "--device", device, "--no-compile", "--budget", "25", *quick,
+             *(("--memory", "none") if small else ())), 90,
             keeps=("throughput.csv", "throughput.md"), missing=_absent("throughput.py"),
         ),
         Part(

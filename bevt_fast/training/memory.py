@@ -134,7 +134,7 @@ def largest_micro_batch(
 
 def remedies(config: Config, streams: Sequence[StreamShape], world_size: int, place: Place) -> list[Setting]:
     """Settings that need less, at most three: smaller micro-batches, recomputed blocks, half precision, more of
-    ZeRO, a buffer no larger than the gradients, smaller pictures.
+    ZeRO, a buffer no larger than the gradients, smaller pictures. Those that then fit come first.
     """
     now = needed(config, streams, world_size, place)
     found = []
@@ -157,11 +157,12 @@ def remedies(config: Config, streams: Sequence[StreamShape], world_size: int, pl
     if config.train.precision == "fp32" and place.has_kernels:
         train = config.train.model_copy(update={"precision": "bf16"})
         add("train.precision=bf16", config.model_copy(update={"train": train}))
-    for key, value in (("stage", 3), ("reduce_bucket_size", learnt(config))):
+    # with one process there is nobody to share with
+    for key, value in (("stage", 3), ("reduce_bucket_size", learnt(config)))[world_size == 1 :]:
         options = config.deepspeed.get("zero_optimization", {}) | {key: value}
         changed = config.model_copy(update={"deepspeed": config.deepspeed | {"zero_optimization": options}})
         add(f"deepspeed.zero_optimization.{key}={value}", changed)
     less = [stream._replace(side=max(stream.side * 5 // 7 // 32 * 32, 32)) for stream in streams]
     if config.model.image_attention == "t1":
         add(" ".join(f"{stream.name}.view.size={stream.side}" for stream in less), config, less)
-    return found[:3]
+    return sorted(found, key=lambda setting: setting.bytes > USABLE * place.memory)[:3]

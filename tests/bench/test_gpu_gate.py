@@ -107,7 +107,8 @@ def test_every_part_is_rehearsed_with_small_cases(tmp_path):
             assert names[4:] == [
                 "step", "kernels", "tokenizer", "loader", "questions", "launches", *(["tune"] if tune else [])
             ]  # fmt: skip
-            assert sum(part.limit for part in plan if not part.fills) < 520
+            # whoever comes late gets what is left; correctness and the step always have their time, and some remains
+            assert sum(part.limit for part in plan if part.correctness or part.name in ("machine", "step")) < 520 - 100
 
 
 def test_a_benchmark_that_is_not_there_is_said_to_be(tmp_path, monkeypatch):
