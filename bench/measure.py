@@ -20,19 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bevt_fast.training.gpus import of_device
+
 ROOT = Path(__file__).resolve().parents[1]
 GPU_ROUNDS, CPU_ROUNDS = 50, 10
 FEWEST = 3  # rounds that a spent budget still allows
 # what one clock tick of the longest wait is: queueing a call takes the host less than this
 LONGEST_HOLD = 10e-3
-
-# PERFORMANCE.md, constants: dense bf16 peak and memory rate from the data sheets
-PEAKS = {
-    "H100 80GB HBM3": (989.4, 3.35),
-    "H100 PCIe": (756.0, 2.0),
-    "H200": (989.4, 4.8),
-    "A100-SXM4-80GB": (312.0, 2.04),
-}
 
 
 class Trial(NamedTuple):
@@ -137,7 +131,8 @@ def machine(device: torch.device) -> Machine:
 
 def peaks(hardware: str) -> tuple[float, float] | None:
     """Dense bf16 TFLOP/s and TB/s of a GPU we know."""
-    return next((known for name, known in PEAKS.items() if name in hardware), None)
+    gpu = of_device(hardware)
+    return (gpu.tensor, gpu.bandwidth) if gpu else None
 
 
 def quantiles(samples: Sequence[float]) -> Quantiles:

@@ -375,12 +375,20 @@ def command_line(argv: typing.Sequence[str] | None = None, description: str = "P
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print shapes, parameters, memory, FLOPs and the first batch; train nothing",
+        help="print shapes, parameters, FLOPs, predicted memory and time, and the first batch; train nothing",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="the GPU that --dry-run predicts for, e.g. H100, A100, RTX-4090; default: the one here",
     )
     parser.add_argument("--version", action="version", version=f"bevt_fast {__version__}")
     # the launchers append these; the environment variable LOCAL_RANK is what counts
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.gpu is not None and not options.dry_run:
+        parser.error("--gpu says what --dry-run predicts for; a run takes the GPU that is there")
+    return options
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

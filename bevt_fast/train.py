@@ -93,12 +93,12 @@ def train(run: Run) -> int:
     return 0
 
 
-def main(config: Config, resume: str = "none", dry_run: bool = False) -> int:
-    """Build the run, or only describe it; returns the exit code."""
+def main(config: Config, resume: str = "none", dry_run: bool = False, gpu: str | None = None) -> int:
+    """Build the run, or only describe it, as it would be on `gpu`; returns the exit code."""
     if dry_run:
         from bevt_fast.training.dry_run import describe
 
-        for paragraph in describe(config):
+        for paragraph in describe(config, gpu):
             print(paragraph, flush=True)
         return 0
     try:
@@ -108,19 +108,16 @@ def main(config: Config, resume: str = "none", dry_run: bool = False) -> int:
         finally:
             run.close()
     except (MemoryError, RuntimeError) as error:
-        # on a CPU torch says it in a plain RuntimeError
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        from bevt_fast.training.prediction import out_of_memory
+
+        if (sentence := out_of_memory(config, error)) is None:
             raise
-        raise MachineError(
-            "out of memory; lower clips.micro_batch and images.micro_batch (more are then accumulated), set "
-            "model.activation_checkpointing to true, or raise deepspeed.zero_optimization.stage; --dry-run estimates "
-            f"what a configuration needs ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
+        raise MachineError(sentence) from error
 
 
 if __name__ == "__main__":
     try:
-        code = main(CONFIG, ARGUMENTS.resume, ARGUMENTS.dry_run)
+        code = main(CONFIG, ARGUMENTS.resume, ARGUMENTS.dry_run, ARGUMENTS.gpu)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code

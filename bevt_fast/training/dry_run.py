@@ -12,25 +12,30 @@ from bevt_fast.data.batch import JointBatch
 from bevt_fast.data.sources import Source
 from bevt_fast.errors import UserError
 from bevt_fast.models.video_swin import VideoSwinConfig
-from bevt_fast.training import distributed, estimate, token_targets
+from bevt_fast.training import distributed, estimate, prediction, token_targets
 from bevt_fast.training.assemble import build_objective, check_parts, initial_weights, open_heldout, open_sources
 from bevt_fast.training.estimate import StreamShape
 
 
-def describe(config: Config) -> Iterator[str]:
-    """Shapes, parameters, memory and FLOPs, then the first batch from the real files, a paragraph at a time.
+def describe(config: Config, gpu: str | None = None) -> Iterator[str]:
+    """Shapes, parameters, FLOPs, memory and time on a GPU by its name, then the first batch from the real files, a
+    paragraph at a time.
 
-    Raises what the run itself would, after saying what is known without data.
+    Raises what the run itself would, after saying what is known without data, and ConfigError for an unknown GPU.
     """
+    chosen, _ = prediction.chosen_gpu(gpu)
     world_size = distributed.world_size_from_environment()
     accumulation(config, world_size)
     check_parts(config)
-    yield report(config, world_size)
+    yield report(config, world_size, gpu)
     data = open_sources(config)
     for name, source in data.items():
         yield f"{name}: {len(source):,} files of {source.name} under {source.root}"
     for name, source in open_heldout(config).items():
         yield f"{name}, held out: {len(source):,} files of {source.name} under {source.root}"
+    if not config.train.steps:
+        streams = estimate.stream_shapes(config)
+        yield prediction.days(config, streams, {name: len(source) for name, source in data.items()}, world_size, chosen)
     batches = loader.Loader(config, data, rank=0, world_size=world_size, device=torch.device("cpu"))
     try:
         batch = next(batches)
@@ -44,8 +49,10 @@ def describe(config: Config) -> Iterator[str]:
         yield initial_weights(model, config.model.weights)
 
 
-def report(config: Config, world_size: int) -> str:
-    """The figures of a run as text: parameters, shapes and FLOPs of every stage, the step, the memory of a process."""
+def report(config: Config, world_size: int, gpu: str | None = None) -> str:
+    """The figures of a run as text: parameters, shapes and FLOPs of every stage, the step, and on one GPU or several of
+    a kind the memory of a process, the time of a step and the days of the run.
+    """
     shape, vocab_size, name = VideoSwinConfig.of(config.model), estimate.codebook_size(config), config.tokenizer.name
     streams = estimate.stream_shapes(config)
     counts = estimate.parameters(shape, vocab_size, tuple(config.streams))
@@ -56,7 +63,11 @@ def report(config: Config, world_size: int) -> str:
     for stream in streams:
         lines += ["", *_stream_lines(shape, stream, name, vocab_size)]
     lines += ["", *_step_lines(config, streams, world_size)]
-    return "\n".join([*lines, "", *_memory_lines(config, streams, sum(counts.values()), world_size)])
+    chosen, why = prediction.chosen_gpu(gpu)
+    lines += ["", f"predicted for {chosen.name} ({why}): estimates from data sheets, not measured"]
+    for part in (prediction.memory_lines, prediction.time_lines):
+        lines += ["", *part(config, streams, world_size, chosen)]
+    return "\n".join(lines)
 
 
 def _stream_lines(shape: VideoSwinConfig, stream: StreamShape, tokenizer: str, vocab_size: int) -> list[str]:
@@ -99,34 +110,6 @@ def _step_lines(config: Config, streams: Sequence[StreamShape], world_size: int)
         steps = config.train.steps
         lines.append(line + (f"; {_flops(flops * steps)} in {steps:,} steps" if steps else ""))
     return [*lines, "  (necessary: what the program computes, and what MFU counts; nominal: the official program)"]
-
-
-def _memory_lines(config: Config, streams: Sequence[StreamShape], count: int, world_size: int) -> list[str]:
-    precision = config.train.precision
-    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 1))
-    rows = estimate.state_bytes(count, precision, stage, world_size)
-    kept, plain = (_activations(config, streams, fused) for fused in (True, False))
-    rows[f"activations of a micro-batch{' (checkpointed)' * config.model.activation_checkpointing}"] = kept
-    frozen = estimate.tokenizer_parameters(config.tokenizer.name, estimate.codebook_size(config))
-    rows["tokenizer"] = 0 if config.data.token_cache else 4 * (frozen or 0)
-    rows["sum"] = sum(rows.values())
-    lines = [
-        f"memory of a process: {precision}, ZeRO {stage}, {world_size} process{'es' * (world_size > 1)}; an estimate"
-    ]
-    lines += [f"  {name:<46}{size / 2**20:>12,.1f} MiB" for name, size in rows.items()]
-    lines += [f"  (with the fused kernels; where there are none, activations are {plain / 2**20:,.1f} MiB)"]
-    return [*lines, "  (temporaries, DeepSpeed's buffers and the allocator's reserve come on top)"]
-
-
-def _activations(config: Config, streams: Sequence[StreamShape], fused: bool) -> float:
-    """Bytes that a micro-batch of one process keeps for its backward pass."""
-    shape, vocab_size = VideoSwinConfig.of(config.model), estimate.codebook_size(config)
-    precision, checkpointing = config.train.precision, config.model.activation_checkpointing
-    samples = {
-        s.name: estimate.activation_bytes(shape, s, vocab_size, precision, checkpointing, fused) for s in streams
-    }
-    kept = sum(config.streams[name].micro_batch * sample for name, sample in samples.items())
-    return kept + (len(streams) * estimate.head_gradient_bytes(shape, vocab_size) if fused else 0)
 
 
 def _flops(value: float) -> str:
