@@ -144,14 +144,16 @@ def remedies(config: Config, streams: Sequence[StreamShape], world_size: int, pl
         if then < 0.99 * now:
             found.append(Setting(keys, then))
 
+    def add_micro_batches(sizes: dict[str, int]) -> None:
+        keys = " ".join(f"{name}.micro_batch={size}" for name, size in sizes.items())
+        add(keys, with_micro_batches(config, sizes))
+
     name, stream = next(iter(config.streams.items()))
     smaller = [sizes for sizes in micro_batches(config, world_size) if 2 * sizes[name] <= stream.micro_batch]
     if smaller:
         best = largest_micro_batch(config, streams, world_size, place)
         # where the estimate says that what has just failed fits, or that nothing does, the next one to try
-        sizes = best if best in smaller else smaller[-1]
-        keys = " ".join(f"{name}.micro_batch={size}" for name, size in sizes.items())
-        add(keys, with_micro_batches(config, sizes))
+        add_micro_batches(best if best in smaller else smaller[-1])
     model = config.model.model_copy(update={"activation_checkpointing": True})
     add("model.activation_checkpointing=true", config.model_copy(update={"model": model}))
     if config.train.precision == "fp32" and place.has_kernels:
@@ -165,4 +167,6 @@ def remedies(config: Config, streams: Sequence[StreamShape], world_size: int, pl
     less = [stream._replace(side=max(stream.side * 5 // 7 // 32 * 32, 32)) for stream in streams]
     if config.model.image_attention == "t1":
         add(" ".join(f"{stream.name}.view.size={stream.side}" for stream in less), config, less)
+    if len(found) < 3 and len(smaller) > 1:
+        add_micro_batches(smaller[0])
     return sorted(found, key=lambda setting: setting.bytes > USABLE * place.memory)[:3]

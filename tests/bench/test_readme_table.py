@@ -156,3 +156,8 @@ def test_readme_needs_its_markers_once(inside: str, results: Path, tmp_path: Pat
 def test_a_readme_that_is_not_there_is_one_sentence(results: Path, tmp_path: Path, capsys) -> None:
     assert readme_table.main(["--readme", str(tmp_path / "none.md"), "--results", str(results)]) == 1
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_readme_says_what_the_results_give() -> None:
+    root = Path(readme_table.__file__).resolve().parents[1]
+    assert readme_table.table(root / "bench" / "results") in (root / "README.md").read_text()
