@@ -63,7 +63,7 @@ def _add_tokenizer(programs: "Programs") -> None:
     tokenizer = programs.add_parser("tokenizer", help="fit a tokenizer (patch_kmeans) to your own videos and images")
     tokenizer.add_argument(
         "--data", action="append", required=True, metavar="PATH",
-        help="a folder of videos or images, a list of them, or a moving_shapes folder; repeatable",
+        help="a folder of videos, images, or tar shards or parquet files of images; a list; moving_shapes; repeatable",
     )  # fmt: skip
     tokenizer.add_argument("--out", required=True, metavar="FILE", help="the weights to write (.safetensors)")
     tokenizer.add_argument("--codes", type=_count, default=128, help="ids in the codebook (default: %(default)s)")
@@ -277,8 +277,13 @@ def _sources(path: Path, may_be_missing: float = 0.5) -> list["Source"]:
             for kind, suffixes in kinds.items()
             if walk(path, suffixes)
         ]
+        packed = {"webdataset": (".tar",), "parquet": (".parquet",)}
+        parts += [Part(name=name, options={"root": str(path)}) for name, end in packed.items() if walk(path, end)]
         if not parts:
-            raise DataError(f"the folder {path} holds no videos and no images; give the folder they are in")
+            raise DataError(
+                f"the folder {path} holds no videos, no images, and no .tar or .parquet files of images; give the "
+                "folder they are in"
+            )
     elif path.is_file():
         names = read_list(path).paths
         base = where_they_are(names, path.absolute().parent, path.absolute().parent.parent, Path.cwd())
