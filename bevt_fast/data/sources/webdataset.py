@@ -2,8 +2,8 @@
 
 `shards` is a pattern (`train-{000000..000146}.tar`, `train-*.tar`) or a list of them, relative to `root`; without it
 all .tar files below `root` are read. The order of samples is drawn image by image, as of every source: shards play no
-part in it. Reading the headers of a million images takes half a minute at each start; `index` names a file that keeps
-what was found, for as long as the shards have the same sizes and times.
+part in it. Reading the headers of a million images takes half a minute of all cores together at each start; `index`
+names a file that keeps what was found, for as long as the shards have the same sizes and times.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from bevt_fast.config import Positive, Section
 from bevt_fast.data.class_names import Classes, Names, find_classes, is_number
 from bevt_fast.data.file_patterns import find_files
 from bevt_fast.data.folders import check_root
-from bevt_fast.data.shards import Members, Scanned, joined, scan
+from bevt_fast.data.shard_scan import scan_all
+from bevt_fast.data.shards import Members, Scanned, joined
 from bevt_fast.data.sources import Source
 from bevt_fast.data.text_lists import integer
 from bevt_fast.errors import DataError
@@ -67,9 +68,10 @@ class _Index:
     @classmethod
     def of(cls, root: Path, shards: list[str]) -> "_Index":
         """Reads all headers, of which a bar tells."""
-        scanned = [
-            scan(root / name) for name in tqdm(shards, desc="reading the headers of shards", leave=False, disable=None)
-        ]
+        found = scan_all([root / name for name in shards])
+        bar = tqdm(found, desc="reading the headers of shards", total=len(shards), leave=False, disable=None)
+        with contextlib.closing(found):
+            scanned = list(bar)
         members = joined(shards, scanned)
         labels, names = _numbers(members, root, scanned)
         return cls(members, labels, names, [remark for some in scanned for remark in some.remarks])
