@@ -3,7 +3,9 @@
     python bench/loader.py --out DIR [--data VIDEOS] [--workers 0 2] [--rounds 5] [--quick]
 
 Contenders take turns, round by round, in one process group; every round opens its files anew, as an epoch over many
-files does. Then the share of a training step that is spent waiting, with real and with synthetic input.
+files does. torchcodec and decord take part where they are installed (torchcodec needs FFmpeg's libraries):
+pip install --no-deps torchcodec==0.13.0 decord==0.6.0. Lists with bad files are measured as they are and after verify.
+Then the share of a training step that is spent waiting, with real and with synthetic input.
 """
 
 import argparse

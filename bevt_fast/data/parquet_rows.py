@@ -24,8 +24,9 @@ from bevt_fast.errors import MachineError
 
 SUFFIX = ".parquet"
 LARGEST_GROUP = 32 * 2**20  # bytes of a row group that is read as a whole
-GROUPS, CONTENTS = 128 * 2**20, 32 * 2**20  # bytes kept by a process
+GROUPS, CONTENTS = 64 * 2**20, 16 * 2**20  # bytes kept by a process
 OPEN = 16  # files
+BUFFER = 2**20  # bytes read at once, instead of a whole row group
 TOGETHER = 16  # rows of a large group in memory at once
 
 Kept = TypeVar("Kept")
@@ -43,7 +44,8 @@ def library() -> Any:
 
 def open_parquet(path: Path) -> Any:
     """A pyarrow ParquetFile without threads of its own, so that processes may fork. Raises OSError or ValueError."""
-    return library().ParquetFile(path, memory_map=False, pre_buffer=False, page_checksum_verification=True)
+    options = {"memory_map": False, "pre_buffer": False, "buffer_size": BUFFER, "page_checksum_verification": True}
+    return library().ParquetFile(path, **options)
 
 
 @dataclass(frozen=True, slots=True)
