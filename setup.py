@@ -13,6 +13,7 @@ train = [
     "pillow", "psutil", "pydantic>=2.7", "safetensors", "tensorboard", "tqdm",
 ]  # fmt: skip
 dali = ["nvidia-dali-cuda130>=2.4"]
+parquet = ["pyarrow>=21"]
 gpu = [*dali, "xformers>=0.0.35"]
 test = [
     "attrs", "dall-e==0.1", "monai", "pytest", "pytest-timeout", "pytest-xdist", "timm",
@@ -35,9 +36,10 @@ setup(
     extras_require={
         "train": train,
         "dali": dali,
+        "parquet": parquet,
         "gpu": gpu,
         "test": test,
         "dev": dev,
-        "all": [*train, *dali, *test],
+        "all": [*train, *dali, *parquet, *test],
     },
 )

@@ -3,12 +3,13 @@
     python bench/loader.py --out DIR [--data VIDEOS] [--workers 0 2] [--rounds 5] [--quick]
 
 Contenders take turns, round by round, in one process group; every round opens its files anew, as an epoch over many
-files does. Then the share of a training step that is spent waiting, with real and with synthetic input.
+files does. torchcodec and decord take part where they are installed (torchcodec needs FFmpeg's libraries):
+pip install --no-deps torchcodec==0.13.0 decord==0.6.0. Lists with bad files are measured as they are and after verify.
+Then the share of a training step that is spent waiting, with real and with synthetic input.
 """
 
 import argparse
 import contextlib
-import csv
 import functools
 import os
 import sys
@@ -26,10 +27,11 @@ if not __package__:  # run as a script: look from the repository root and kernel
 import cv2
 import torch
 
-from bench.loader_contenders import OURS, PLAIN, CannotRun, Contender, Workload, contenders
+from bench import loader_damage
+from bench.loader_contenders import OURS, PLAIN, CannotRun, Contender, Others, Workload, contenders
 from bench.loader_files import make_files, source
 from bench.loader_step import waiting
-from bench.measure import Quantiles, machine, orders, quantiles
+from bench.measure import Quantiles, machine, orders, quantiles, write_rows
 from bevt_fast import config as configuration
 from bevt_fast.config import Config
 from bevt_fast.data import decode, pace
@@ -56,7 +58,8 @@ class Row:
     cores: float | None = None  # that were busy, workers included
     per_core: float | None = None  # samples in a second of one core's work
     per_gpu: float | None = None
-    against_plain: float | None = None
+    against_plain: float | None = None  # median of the rounds' ratios
+    against_ours: float | None = None
     levels: float | None = None  # mean difference from ours, grey levels
     hardware: str = ""
     driver: str = ""
@@ -103,7 +106,11 @@ class Bench:
     def race(self, workload: Workload, workers: int) -> None:
         """Every contender once a round, in a new random order."""
         row = functools.partial(Row, stream=workload.stream, workers=workers, **self.machine)
-        everybody = {c.name: c for c in contenders(self.transcoded) if workload.stream in c.streams}
+        other = [
+            functools.partial(make, folder=self.folder) for make in (loader_damage.damaged, loader_damage.verified)
+        ]
+        cast = contenders(Others(self.transcoded, *other))
+        everybody = {c.name: c for c in cast if workload.stream in c.streams}
         rows = {name: row(contender=name, reason=contender.note) for name, contender in everybody.items()}
         pictures: dict[str, torch.Tensor] = {}
         rates: dict[str, list[float]] = {name: [] for name in everybody}
@@ -124,10 +131,13 @@ class Bench:
                     busy[name].append(cores)
         for name, one in rows.items():
             if one.status != "left out":
-                rows[name] = self.judged(one, rates[name], busy[name], pictures[name], pictures.get(OURS))
-        plain = next((r.median_per_s for r in rows.values() if r.contender.startswith("plain")), None)
-        for one in rows.values():
-            one.against_plain = one.median_per_s / plain if plain and one.median_per_s else None
+                rows[name] = self.judged(one, rates[name], busy[name])
+                if everybody[name].same and OURS in pictures:
+                    rows[name] = self.compared(rows[name], pictures[name], pictures[OURS])
+        plain = next((name for name in rows if name.startswith("plain")), "")
+        for name, one in rows.items():
+            one.against_plain = ratio(rates[name], rates.get(plain, []))
+            one.against_ours = ratio(rates[name], rates.get(OURS, []))
             print(line(one), flush=True)
         self.rows += rows.values()
 
@@ -148,19 +158,20 @@ class Bench:
             batches.close()
         return micro_batch * self.options.batches / seconds, cpu / seconds, first
 
-    def judged(
-        self, row: Row, rates: Sequence[float], busy: Sequence[float], picture: torch.Tensor, ours: torch.Tensor | None
-    ) -> Row:
-        """The row with its figures, or what is wrong with it."""
+    def judged(self, row: Row, rates: Sequence[float], busy: Sequence[float]) -> Row:
+        """The row with its figures."""
         found: Quantiles = quantiles(rates)
         row = replace(row, median_per_s=found.median, low_per_s=found.low, high_per_s=found.high, rounds=found.rounds)
         row.cores = quantiles(busy).median
         row.per_core = quantiles([rate / cores for rate, cores in zip(rates, busy) if cores]).median
         row.per_gpu = found.median if self.device.type == "cuda" else None
-        if ours is not None:
-            row.levels = float((picture - ours).abs().mean()) * 58
-            if row.levels > SAME and "phase-split" not in row.contender:
-                row.status, row.reason = "differs", f"not the same frames: {row.levels:.1f} grey levels from ours"
+        return row
+
+    def compared(self, row: Row, picture: torch.Tensor, ours: torch.Tensor) -> Row:
+        """The row, and whether its first batch is ours."""
+        row.levels = float((picture - ours).abs().mean()) * 58
+        if row.levels > SAME:
+            row.status, row.reason = "differs", f"not the same frames: {row.levels:.1f} grey levels from ours"
         return row
 
     def transcoded(self, workload: Workload) -> Source:
@@ -176,14 +187,13 @@ class Bench:
         return source(out, "clips", self.options)
 
     def write(self) -> None:
-        """What is known so far, through a temporary file."""
-        path = Path(self.options.out) / "loader.csv"
-        draft = path.with_name("loader.csv.part")
-        with draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows({k: _short(v) for k, v in asdict(row).items()} for row in self.rows)
-        draft.replace(path)
+        """What is known so far."""
+        write_rows(Path(self.options.out) / "loader.csv", self.rows, Row)
+
+
+def ratio(rates: Sequence[float], others: Sequence[float]) -> float | None:
+    """The median over the rounds of one rate by another; None where either was not measured."""
+    return quantiles([rate / other for rate, other in zip(rates, others)]).median if rates and others else None
 
 
 def line(row: Row) -> str:
@@ -192,8 +202,9 @@ def line(row: Row) -> str:
     if row.median_per_s is None:
         return f"{head}{row.status}: {row.reason}"
     speed = f"{row.median_per_s:8.2f}/s [{row.low_per_s:.2f}, {row.high_per_s:.2f}]  {row.per_core:.2f} a core's second"
-    ratio = f"  {row.against_plain:.2f}x plain" if row.against_plain else ""
-    return f"{head}{speed}{ratio}{'  ' + row.reason if row.status != 'ok' else ''}"
+    against = ((row.against_plain, "plain"), (row.against_ours, "ours"))
+    ratios = "".join(f"  {share:.2f}x {name}" for share, name in against if share)
+    return f"{head}{speed}{ratios}{'  ' + row.reason if row.status != 'ok' else ''}"
 
 
 def _cpu_seconds() -> float:
@@ -212,10 +223,6 @@ def _version(library: str) -> str:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _short(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,20 +63,42 @@ class Contender(NamedTuple):
     open: Callable[[Workload, int, int], Batches]
     streams: tuple[str, ...] = ("clips", "images")
     note: str = ""
+    same: bool = True  # whether it is to read the same frames as ours
 
 
-def contenders(transcoded: Callable[[Workload], Source]) -> list[Contender]:
-    """Everybody. `transcoded` gives the workload's files written once more, or raises CannotRun."""
+Other = Callable[[Workload], Source]  # other files for a workload; raises CannotRun
 
-    def phase_split(workload: Workload, workers: int, count: int) -> Batches:
-        again = Workload(workload.stream, workload.config, transcoded(workload), workload.device)
-        return _ours("pyav")(again, workers, count)
+
+class Others(NamedTuple):
+    """A workload's files written once more, a list of them in which a tenth is bad, and what `verify` leaves of it."""
+
+    transcoded: Other
+    damaged: Other
+    verified: Other
+
+
+def contenders(others: Others) -> list[Contender]:
+    """Everybody."""
+
+    def ours_on(other: Other) -> Callable[[Workload, int, int], Batches]:
+        def open_it(workload: Workload, workers: int, count: int) -> Batches:
+            return _ours("pyav")(replace(workload, source=other(workload)), workers, count)
+
+        return open_it
 
     return [
         Contender(OURS, _ours("pyav")),
         Contender("ours, DALI on the CPU", _ours("dali"), note="DALI decodes VP8, VP9, MJPEG and JPEG without a GPU"),
         Contender("ours, DALI on the GPU", _ours("dali", on_gpu=True)),
-        Contender("ours, PyAV, phase-split files", phase_split, ("clips",), "other files: transcoded beforehand"),
+        Contender(
+            "ours, PyAV, phase-split files",
+            ours_on(others.transcoded),
+            ("clips",),
+            "other files: transcoded beforehand",
+            False,
+        ),
+        Contender("ours, PyAV, a tenth damaged", ours_on(others.damaged), note="a list with bad files", same=False),
+        Contender("ours, PyAV, after verify", ours_on(others.verified), note="what verify leaves of that list"),
         Contender(PLAIN, _plain(_pyav), ("clips",)),
         Contender("plain OpenCV DataLoader", _plain(_opencv), ("images",)),
         Contender("torchcodec DataLoader", _plain(_torchcodec, "torchcodec"), ("clips",)),

@@ -216,11 +216,13 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float | None
     return peak / 2**20
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """The whole file, through a temporary one, so that a kill leaves the last complete version."""
+def write_rows(path: Path, rows: Sequence[Any], kind: type = Row) -> None:
+    """The whole file, through a temporary one, so that a kill leaves the last complete version. `kind` is the dataclass
+    of a row.
+    """
     draft = path.with_name(path.name + ".part")
     with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)])
         writer.writeheader()
         writer.writerows({k: _short(v) for k, v in asdict(row).items()} for row in rows)
     draft.replace(path)

@@ -33,6 +33,8 @@ SHAPES = {
     "clips": "training clips", "images": "training images", "test_clips": "test clips", "test_images": "test images",
     "size": "pixels a side", "length": "frames a clip", "objects": "objects a scene", "seed": "",
 }  # fmt: skip
+# files of images, the source that reads them, and its option that names them
+PACKED = {".tar": ("webdataset", "shards"), ".parquet": ("parquet", "files")}
 TRANSCODE = """Write videos once more, smaller and with the frames of a clip side by side: 0, 8, 16, ..., then 1, 9, ...
 A clip of that stride is decoded from a tenth of the frames; training sees the same numbers of frames as before, and any
 other stride works too. A plain player shows the phases one after another; --layout plain keeps the ordinary order."""
@@ -63,7 +65,7 @@ def _add_tokenizer(programs: "Programs") -> None:
     tokenizer = programs.add_parser("tokenizer", help="fit a tokenizer (patch_kmeans) to your own videos and images")
     tokenizer.add_argument(
         "--data", action="append", required=True, metavar="PATH",
-        help="a folder of videos or images, a list of them, or a moving_shapes folder; repeatable",
+        help="a folder of videos, images, or tar shards or parquet files of images; one of these; a list; repeatable",
     )  # fmt: skip
     tokenizer.add_argument("--out", required=True, metavar="FILE", help="the weights to write (.safetensors)")
     tokenizer.add_argument("--codes", type=_count, default=128, help="ids in the codebook (default: %(default)s)")
@@ -277,8 +279,17 @@ def _sources(path: Path, may_be_missing: float = 0.5) -> list["Source"]:
             for kind, suffixes in kinds.items()
             if walk(path, suffixes)
         ]
+        parts += [
+            Part(name=name, options={"root": str(path)}) for end, (name, _) in PACKED.items() if walk(path, (end,))
+        ]
         if not parts:
-            raise DataError(f"the folder {path} holds no videos and no images; give the folder they are in")
+            raise DataError(
+                f"the folder {path} holds no videos, no images, and no .tar or .parquet files of images; give the "
+                "folder they are in"
+            )
+    elif path.is_file() and path.suffix in PACKED:
+        name, option = PACKED[path.suffix]
+        parts = [Part(name=name, options={"root": str(path.parent), option: path.name})]
     elif path.is_file():
         names = read_list(path).paths
         base = where_they_are(names, path.absolute().parent, path.absolute().parent.parent, Path.cwd())

@@ -115,7 +115,7 @@ def test_a_folder_of_both_kinds_and_few_files(data, tmp_path, capsys):
     "change, code, sentence",
     [
         (["--data", "/nowhere"], 3, "there is nothing at /nowhere"),
-        (["--data", "{empty}"], 3, "holds no videos and no images"),
+        (["--data", "{empty}"], 3, "holds no videos, no images, and no .tar or .parquet files"),
         (["--size", "40"], 2, "size 40 is not a multiple of 32"),
         (["--codes", "100000"], 3, "too few for 100000 ids"),
         (["--samples", "1"], 0, ""),

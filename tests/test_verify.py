@@ -329,6 +329,9 @@ def test_images_in_shards_are_checked_one_by_one(tmp_path, capsys):
     for checks in (3, 0):  # the second time all is known
         assert verify("--config", tmp_path / "run.json", out=tmp_path / "out") == 3
         assert checked(capsys) == checks
+    for named in ("shards", "shards/0.tar"):
+        assert verify("--data", tmp_path / named, out=tmp_path / "again") == 3
+        assert checked(capsys) == (3 if named == "shards" else 0)
     rows = report(tmp_path / "out")
     assert [row["status"] for row in rows] == ["ok", "truncated", "ok"]
     assert rows[0]["codec"] == rows[2]["codec"] == "JPEG"
@@ -336,7 +339,7 @@ def test_images_in_shards_are_checked_one_by_one(tmp_path, capsys):
         *("0.tar/a.jpg", "0.tar/b.jpg", "0.tar/sub/c.jpg")
     ]
     assert [bad["path"] for bad in bad_files(tmp_path / "out")] == [rows[1]["path"]]
-    assert "no list names files in shards" in (tmp_path / "out" / "summary.txt").read_text()
+    assert "no list names images in shards" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_every_source_of_a_configuration(few, tmp_path, capsys):

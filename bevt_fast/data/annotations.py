@@ -34,7 +34,7 @@ import numpy as np
 
 from bevt_fast.data.class_names import Classes, Names
 from bevt_fast.data.folders import VIDEOS
-from bevt_fast.data.json_lists import batched, json_entries, json_lines, json_rows
+from bevt_fast.data.json_lists import json_batches, json_lines, json_rows
 from bevt_fast.data.list_forms import Columns, Delimiter, read_text
 from bevt_fast.data.text_lists import Rows, shown
 from bevt_fast.errors import DataError
@@ -62,7 +62,7 @@ def read_list(
     spot = f"{file}:"
     if suffix == ".json":
         spot = f"{file}:entry "
-        form, rows = json_rows(spot, batched(json_entries(file)), names)
+        form, rows = json_rows(spot, json_batches(file), names)
     elif suffix in (".jsonl", ".ndjson"):
         form, rows = json_rows(spot, json_lines(file), names)
     else:

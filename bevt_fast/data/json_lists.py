@@ -1,6 +1,7 @@
 """Lists of samples in JSON: one list (.json), or an object or a string a line (.jsonl).
 
-A list is read entry by entry from a piece of the file, so it takes no more memory than its samples do.
+A list is read from pieces of the file, so it takes no more memory than its samples do: many entries at once where they
+are objects, or strings, one after another; entry by entry where anything else stands between them, or is wrong.
 """
 
 import json
@@ -19,15 +20,26 @@ LARGEST_ENTRY = BLOCK  # characters
 KEYS = (PATH_COLUMNS, LABEL_COLUMNS)
 _BLANKS = re.compile(r"[ \t\r\n]+")
 _DECODE = json.JSONDecoder().raw_decode
+# an entry's last sign where another of its kind follows
+_LAST = {"{": re.compile(r"\}(?=\s{0,99},\s{0,99}\{)"), '"': re.compile(r'"(?=\s{0,99},\s{0,99}")')}
+_LAST_WITHIN = 4096  # characters before the end of a piece
 
 
 def json_entries(file: Path) -> Iterator[tuple[int, Any]]:
     """The entries of a JSON list, numbered from 1. Raises DataError with the file, and the line where it is no JSON."""
+    return chain.from_iterable(json_batches(file))
+
+
+def json_batches(file: Path) -> Iterator[list[tuple[int, Any]]]:
+    """As `json_entries`, some at a time."""
     with open_list(file):
         pass
+    number = 1
     with file.open(encoding="utf-8-sig", newline="") as opened:
         try:
-            yield from enumerate(_parsed(file, opened), start=1)
+            for entries in _parsed(file, opened):
+                yield list(enumerate(entries, start=number))
+                number += len(entries)
         except UnicodeDecodeError:
             raise DataError(f"{file}: expected UTF-8 text; save it as UTF-8") from None
 
@@ -133,8 +145,8 @@ def _label(entry: Any) -> Any:
     return next((fields[name] for name in LABEL_COLUMNS if fields.get(name) is not None), None)
 
 
-def _parsed(file: Path, opened: TextIO) -> Iterator[Any]:
-    """The entries of the list in an open file, from as much of its text as the next of them needs."""
+def _parsed(file: Path, opened: TextIO) -> Iterator[list[Any]]:
+    """The entries of the list in an open file, some at a time, from as much of its text as the next of them needs."""
     text = _Text(opened)
     if (first := text.next()) != "[":
         got = "one dict" if first == "{" else shown(text.text[text.at :][:40])
@@ -144,14 +156,7 @@ def _parsed(file: Path, opened: TextIO) -> Iterator[Any]:
         return
     while True:
         text.next()
-        try:
-            value, text.at = _DECODE(text.text, text.at)
-        except json.JSONDecodeError as error:
-            text.at = min(error.pos, len(text.text))
-            raise DataError(f"{file}:{text.line}: expected JSON, got: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}:{text.line}: expected JSON, got: {error}") from None
-        yield value
+        yield text.several() or [_entry(file, text)]
         if (sign := text.next()) == "]":
             return
         if sign != ",":
@@ -159,11 +164,24 @@ def _parsed(file: Path, opened: TextIO) -> Iterator[Any]:
         text.at += 1
 
 
+def _entry(file: Path, text: "_Text") -> Any:
+    """The next entry. Raises DataError with its line."""
+    try:
+        value, text.at = _DECODE(text.text, text.at)
+        return value
+    except json.JSONDecodeError as error:
+        text.at = min(error.pos, len(text.text))
+        raise DataError(f"{file}:{text.line}: expected JSON, got: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}:{text.line}: expected JSON, got: {error}") from None
+
+
 class _Text:
     """The text of a file from `at` on: an entry of the largest size, or all that is left."""
 
     def __init__(self, opened: TextIO):
         self._opened, self._more, self._lines = opened, True, 1
+        self._singly = 0  # to here entries are not tried together
         self.text, self.at = "", 0
 
     @property
@@ -181,6 +199,7 @@ class _Text:
             if self._more and len(self.text) - self.at < LARGEST_ENTRY:
                 read = self._opened.read(4 * LARGEST_ENTRY)
                 self._lines = self.line
+                self._singly -= self.at
                 self.text, self.at, self._more = self.text[self.at :] + read, 0, bool(read)
             if (blanks := _BLANKS.match(self.text, self.at)) is not None:
                 self.at = blanks.end()
@@ -188,3 +207,19 @@ class _Text:
                 return self.text[self.at]
             if not self._more:
                 return ""
+
+    def several(self) -> list[Any]:
+        """The next entries, to which it goes over, up to the last of a piece; none where they are not of one kind."""
+        last = _LAST.get(self.text[self.at : self.at + 1])
+        if last is None or self.at < self._singly:
+            return []
+        piece = self.text[self.at : self.at + LARGEST_ENTRY]
+        ends = [found.end() for found in last.finditer(piece, len(piece) - _LAST_WITHIN)]
+        try:
+            # what is a list of whole entries when it is closed here is one in the file too
+            entries = json.loads(f"[{piece[: ends[-1]]}]")
+        except (ValueError, IndexError, RecursionError):
+            self._singly = self.at + len(piece)
+            return []
+        self.at += ends[-1]
+        return entries

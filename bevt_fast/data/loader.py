@@ -34,7 +34,7 @@ from bevt_fast.data.sources import Source
 from bevt_fast.data.token_cache import TokenCache
 from bevt_fast.errors import DataError, MachineError, UserError
 
-MAX_RESTARTS = 3  # of a stream's worker pool (NEEDS F08)
+MAX_RESTARTS = 3  # of a stream's worker pool, besides those that a file is at fault for (NEEDS F08)
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,7 @@ class _Feed:
     def __init__(self, reader: StreamReader, first: int, data: Data, pin: bool):
         self.reader, self.position, self.data, self.pin = reader, first, data, pin
         self.restarts = 0
+        self._unexplained = 0  # deaths that no file is known to be at fault for
         self._items: Iterator[Any] | None = None
         self._workers: list[Any] = []
 
@@ -242,15 +243,19 @@ class _Feed:
         )
         # a decoder with threads that is garbage here must not be freed in a worker: it would wait for threads for ever
         gc.collect()
+        self.reader.crashes.watch(self.data.workers)
         before = set(multiprocessing.active_children())
         with _sigchld_unchanged():
             self._items = iter(loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
 
     def _restart(self, error: Exception) -> None:
+        dead = {w.pid for w in self._workers if w.exitcode not in (None, -signal.SIGKILL)}
         self.close()
         self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
+        # a file that is found out explains this death and the one before
+        self._unexplained += -1 if self.reader.crashes.blame(dead) else 1
+        if self._unexplained > MAX_RESTARTS:
             raise DataError(
                 f"{self.reader.name}: a loader process died {self.restarts} times ({_first_line(error)}); "
                 "if memory or /dev/shm ran out, lower data.workers or data.prefetch"

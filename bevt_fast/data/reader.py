@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from bevt_fast.config import Config, Stream, View, accumulation
 from bevt_fast.data import damage, decode, masking, pace, phases, pipeline, pipeline_reference, sampling
+from bevt_fast.data.crashes import NOTHING, SEVERAL, Crashes, Reading
 from bevt_fast.data.decode import BadFile, Probe
 from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
@@ -97,6 +98,7 @@ class StreamReader(Dataset):
         self.token_views = True  # without them the training device makes them of the pixels
         self.cache: "TokenCache | None" = None
         self.on_damage = config.data.on_damage
+        self.crashes = Crashes()
         self._bad: dict[int, BadFile] = {}  # files this process knows to be bad, by index
         self._repaired: list[dict[str, Any]] = []  # records of clips that `use_previous` has kept
         self._left_to_pyav: set[str] = set()  # codecs met that DALI does not take
@@ -114,6 +116,8 @@ class StreamReader(Dataset):
             item, busy = pace.measured(lambda: self.item(places, bad))
         except UserError as error:
             return error
+        finally:
+            self.crashes.note(NOTHING)
         return item | {"bad": bad, "busy": busy, "left_to_pyav": sorted(self._left_to_pyav)}
 
     def item(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> dict[str, Any]:
@@ -164,6 +168,7 @@ class StreamReader(Dataset):
 
     def draw(self, epoch: int, index: int, file: int) -> Draw:
         """The draw of slot `index` in pass `epoch`, to be read from `file`: `index` itself, or its substitute."""
+        self.crashes.begin(Reading(file), self.source.path(file))
         found = self._probed(file)
         rng = sampling.random_for(self.seed, self.key, self._view(epoch), index, "view")
         frames, steps = None, None
@@ -198,7 +203,7 @@ class StreamReader(Dataset):
         for k, (drawn, slot) in enumerate(zip(draws, slots)):
             if isinstance(drawn, Draw) and self._dali_takes(slot.file):
                 jobs[k] = self._job(drawn, slot.file)
-        cut = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
+        cut = self._by_dali(jobs, slots)
         outcomes: list[Sample | BadFile] = []
         for k, (drawn, slot) in enumerate(zip(draws, slots)):
             if isinstance(drawn, BadFile):
@@ -210,6 +215,22 @@ class StreamReader(Dataset):
                 pixels = or_bad(self._pixels, drawn, slot.file)
             outcomes.append(pixels if isinstance(pixels, BadFile) else Sample(pixels, drawn.mask, slot.file))
         return outcomes
+
+    def _by_dali(self, jobs: dict[int, Job], slots: Sequence[Slot]) -> dict[int, np.ndarray | BadFile]:
+        """What DALI reads, together unless it has died of one of them."""
+        if self.dali is None or not jobs:
+            return {}
+        if not self.crashes.singly:
+            self.crashes.note(SEVERAL)
+            return dict(zip(jobs, self.dali(list(jobs.values()))))
+        found = {}
+        for k, job in jobs.items():
+            reading = self._reading(*slots[k].place, slots[k].file)
+            found[k] = or_bad(self.crashes.begin, reading, job.path) or self.dali([job])[0]
+        return found
+
+    def _reading(self, epoch: int, index: int, file: int) -> Reading:
+        return Reading(file) if self.source.frames is None else Reading(file, self._view(epoch), index)
 
     def _dali_takes(self, file: int) -> bool:
         if self.dali is None:
@@ -229,6 +250,7 @@ class StreamReader(Dataset):
     def pictures(self, drawn: Draw, file: int) -> np.ndarray:
         """The pictures of a draw, ([T,] H, W, 3) uint8 as they are in `file`, without DALI. Raises BadFile."""
         path, wanted = self.source.path(file), drawn.frames
+        self.crashes.begin(self._reading(drawn.epoch, drawn.index, file), path)
         if wanted is None:
             return self._remembering(file, lambda: decode.read_image(path))
         # a clip that cannot be decoded says nothing about other clips of the file, so it is not remembered

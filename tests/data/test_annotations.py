@@ -281,6 +281,33 @@ def test_json_is_read_in_pieces(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("between", [", ", " ,\r\n ", ",\n" + " " * 150])
+def test_entries_together_and_one_by_one_are_the_same(tmp_path, monkeypatch, between):
+    """Whatever stands in an entry that looks like the end of one; and a fault, with its line."""
+    words = ['"}, {"', '", "', "}, {", "[{", "\\", 'a\\"', "é", "x" * 40]
+    inner = [{"a": 1}, [{"b": word} for word in words], {"c": {"d": [{}, {}]}}]
+    entries = [{"path": word, "more": inner[k % 3], "label": k} for k, word in enumerate(words * 20)]
+    entries += words * 20 + [3, None, [entries[0], entries[1]]] + entries
+    text = f"[{between.join(json.dumps(entry, ensure_ascii=False) for entry in entries)}]"
+    monkeypatch.setattr(json_lists, "_LAST_WITHIN", 300)
+    file, found = tmp_path / "l.json", {}
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(json_lists, "_LAST", {})
+        for cut in (len(text), len(text) * 3 // 4, len(text) // 3):
+            file.write_text(text[:cut] + ("" if cut == len(text) else "?"), newline="")
+            for size in (500, 3000):
+                monkeypatch.setattr(json_lists, "LARGEST_ENTRY", size)
+                seen = found.setdefault((together, cut, size), [])
+                try:
+                    seen += json_lists.json_entries(file)
+                except DataError as error:
+                    seen.append(str(error))
+    assert found[True, len(text), 3000] == list(enumerate(entries, start=1))
+    for (_, cut, size), seen in found.items():
+        assert seen == found[False, cut, size]
+
+
 def test_a_bomb_of_json_takes_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lists, "LARGEST_ENTRY", 1000)
     for name, text in (

@@ -4,7 +4,11 @@ import contextlib
 import copy
 import io
 import json
+import multiprocessing
+import os
+import signal
 import tarfile
+import time
 import tracemalloc
 import warnings
 
@@ -14,14 +18,14 @@ import torch
 from PIL import Image
 
 from bevt_fast.config import Config, Part, parse
-from bevt_fast.data import sources, tar_index
+from bevt_fast.data import shard_scan, sources, tar_index
 from bevt_fast.data.decode import BadFile, probe_image, read_image
 from bevt_fast.data.packed import Packed
 from bevt_fast.data.reader import StreamReader
 from bevt_fast.data.shards import scan
 from bevt_fast.data.sources import Source
 from bevt_fast.data.tar_index import Damaged, entries
-from bevt_fast.errors import CheckpointError, DataError
+from bevt_fast.errors import CheckpointError, DataError, MachineError
 from bevt_fast.training.assemble import fingerprint, require_same_data
 from bevt_fast.training.checkpoint import Checkpoint
 from tests.data import media
@@ -283,6 +287,44 @@ def test_headers_that_lie_end_the_shard(tmp_path, kind, size):
     assert found[0] == "a.jpg" and peak < 3 * tar_index.LARGEST_HEADER
 
 
+def test_many_processes_find_what_one_finds(tmp_path, monkeypatch):
+    for number in range(6):
+        shard(tmp_path / f"{number}.tar", samples(10 * number, 3 + number))
+    damaged = tmp_path / "3.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-9000])
+    found = {}
+    for cores in (1, 3):
+        monkeypatch.setattr(shard_scan.pace, "cores", lambda cores=cores: cores)
+        with pytest.warns(UserWarning, match="3.tar is damaged from byte") as told:
+            source = sources.build(Part(name="webdataset", options={"root": str(tmp_path)}))
+        found[cores] = list(source.paths), labels_of(source), [str(one.message) for one in told]
+        shard(tmp_path / "4.tar", samples(40, 7), tarfile.PAX_FORMAT)
+        (tmp_path / "2.tar").rename(tmp_path / "aside")
+        (tmp_path / "2.tar").write_bytes(b"\x1f\x8b" + b"x" * 99)
+        shard(tmp_path / "5.tar", [("../a.jpg", jpeg(1))])
+        assert refused(tmp_path).startswith("2.tar is compressed")  # the first in order
+        (tmp_path / "aside").rename(tmp_path / "2.tar")
+        shard(tmp_path / "4.tar", samples(40, 7))
+        shard(tmp_path / "5.tar", samples(50, 8))
+    assert found[1] == found[3] and multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_scan_that_is_stopped_leaves_no_process(tmp_path, monkeypatch, how):
+    def slow(path):
+        if path.name == "0.tar":
+            os.kill(os.getppid() if how == signal.SIGINT else os.getpid(), how)
+        time.sleep(60)
+
+    before = set(multiprocessing.active_children())
+    monkeypatch.setattr(shard_scan.pace, "cores", lambda: 2)
+    monkeypatch.setattr(shard_scan, "scan", slow)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt if how == signal.SIGINT else MachineError):
+        list(shard_scan.scan_all([tmp_path / f"{k}.tar" for k in range(8)]))
+    assert time.monotonic() < start + 30 and set(multiprocessing.active_children()) == before
+
+
 def test_long_names_upon_long_names_end_the_shard(tmp_path):
     (tmp_path / "a.tar").write_bytes((header("L", b"00000001000\0", b"L") + b"x" * 512) * 5000)
     with pytest.raises(Damaged):
@@ -295,7 +337,7 @@ def test_an_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
     index = tmp_path / "made/here.index"
     first = built(tmp_path, index=str(index))
     scans = []
-    monkeypatch.setattr("bevt_fast.data.sources.webdataset.scan", lambda path: scans.append(path) or scan(path))
+    monkeypatch.setattr("bevt_fast.data.shard_scan.scan", lambda path: scans.append(path) or scan(path))
     again = built(tmp_path, index=str(index))
     assert not scans and list(again.paths) == list(first.paths) and labels_of(again) == labels_of(first)
     assert fingerprint(again) == fingerprint(first) and again.path(4) == first.path(4)

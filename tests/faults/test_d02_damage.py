@@ -1,18 +1,15 @@
 """Frames damaged in the middle of a clip: another sample, the frame before, or the end of the run, as the user says."""
 
 import dataclasses
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bevt_fast.data import decode, loader
+from bevt_fast.data import decode
 from bevt_fast.errors import ConfigError
 from tests.data import media
 from tests.faults import making
-from tests.training.command import losses
 
 SQUARE = (64, 64)
 # every fifth frame of 40 is the one clip there is; packet 25 is damaged, and the next keyframe is frame 36
@@ -110,23 +107,3 @@ def test_d02_damage_of_any_kind_kills_no_process(tmp_path: Path, on_damage: str)
     batches, records = making.read(making.given(batch=4, workers=1, on_damage=on_damage), source, 10)
     assert len(batches) == 10 and records
     assert all(record["kind"] in decode.KINDS for record in records)
-
-
-def test_d02_a_decoder_that_crashes_takes_its_process_along_and_not_the_trainer(
-    folder: Path, clips_only, here, monkeypatch
-) -> None:
-    trainer, read = os.getpid(), decode.read_frames
-
-    def crashing(path, *arguments):
-        if path.name == "bad.mp4" and os.getpid() != trainer:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return read(path, *arguments)
-
-    monkeypatch.setattr(decode, "read_frames", crashing)
-    monkeypatch.setattr(loader, "MAX_RESTARTS", 0)  # torch takes five seconds to see that a worker is dead
-    (folder / "list.txt").write_text("bad.mp4\ngood.mp4\n")
-    config = clips_only(folder, data__workers=1)
-    done = here(config)
-    assert done.code == 3 and "Traceback" not in done.error
-    assert "a loader process died 1 times" in done.error.splitlines()[-1]
-    assert not losses(config.with_suffix(""))

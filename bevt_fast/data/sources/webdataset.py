@@ -2,17 +2,14 @@
 
 `shards` is a pattern (`train-{000000..000146}.tar`, `train-*.tar`) or a list of them, relative to `root`; without it
 all .tar files below `root` are read. The order of samples is drawn image by image, as of every source: shards play no
-part in it. Reading the headers of a million images takes half a minute at each start; `index` names a file that keeps
-what was found, for as long as the shards have the same sizes and times.
+part in it. Reading the headers of a million images takes half a minute of all cores together at each start; `index`
+names a file that keeps what was found, for as long as the shards have the same sizes and times.
 """
 
 import contextlib
-import itertools
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,15 @@ from tqdm import tqdm
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.data.class_names import Classes, Names, find_classes, is_number
-from bevt_fast.data.folders import check_root, walk
-from bevt_fast.data.shards import Members, Scanned, joined, scan
+from bevt_fast.data.file_patterns import find_files
+from bevt_fast.data.folders import check_root
+from bevt_fast.data.shard_scan import scan_all
+from bevt_fast.data.shards import Members, Scanned, joined
 from bevt_fast.data.sources import Source
 from bevt_fast.data.text_lists import integer
 from bevt_fast.errors import DataError
 
 VERSION = "1"
-MOST_SHARDS = 100_000
-_RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 
 
 class Options(Section):
@@ -46,7 +43,7 @@ class Options(Section):
 def build(options: Options) -> Source:
     """The source. Raises DataError for shards that are missing or none, names that lead out of one, faulty labels."""
     root = check_root(options.root)
-    shards = _find(root, options.shards)
+    shards = find_files(root, options.shards, "shards", (".tar", ".tar.gz", ".tgz"))
     state = [[name, status.st_size, status.st_mtime_ns] for name in shards for status in [(root / name).stat()]]
     found = _Index.read(Path(options.index), state) if options.index else None
     if found is None:
@@ -61,53 +58,6 @@ def build(options: Options) -> Source:
     return Source(name="webdataset", root=root, paths=found.members, labels=labels, classes=classes)
 
 
-def _find(root: Path, shards: str | list[str] | None) -> list[str]:
-    """The shards, relative to `root` or absolute. Raises DataError where one is not there."""
-    if shards is None:
-        names = walk(root, (".tar", ".tar.gz", ".tgz"))
-    else:
-        patterns = [shards] if isinstance(shards, str) else shards
-        names = [name for pattern in patterns for name in _expanded(root, pattern)]
-    if not names:
-        raise DataError(f"there are no shards {shards or '*.tar'} under {root}; check the options 'root' and 'shards'")
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        first = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        raise DataError(
-            f"{len(missing)} of {len(names)} shards are not under {root}: {first}; check the option 'shards'"
-        )
-    if len(set(names)) < len(names):
-        twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise DataError(f"the option 'shards' names {twice} twice; name each shard once")
-    return names
-
-
-def _expanded(root: Path, pattern: str) -> Iterator[str]:
-    """The names a pattern stands for: {a,b} and {000..146} each of them, * and ? what is there."""
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [_choices(pattern, piece) if k % 2 else [piece] for k, piece in enumerate(pieces)]
-    if np.prod([float(len(choice)) for choice in choices]) > MOST_SHARDS:
-        raise DataError(
-            f"the option 'shards' names more than {MOST_SHARDS} files: {pattern}; name fewer, larger shards"
-        )
-    for name in map("".join, itertools.product(*choices)):
-        if any(sign in name for sign in "*?"):
-            base = Path(name).anchor or root
-            for found in sorted(Path(base).glob(name.removeprefix(Path(name).anchor))):
-                yield str(found if Path(name).anchor else found.relative_to(root))
-        else:
-            yield name
-
-
-def _choices(pattern: str, braces: str) -> list[str] | range:
-    if not (found := _RANGE.fullmatch(braces)):
-        return braces.split(",")
-    first, last = int(found[1]), int(found[2])
-    if not 0 <= last - first < MOST_SHARDS:
-        raise DataError(f"the option 'shards': expected a range like 000000..000146 in {pattern}, got {braces}")
-    return [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
-
-
 class _Index:
     """What the headers of all shards say."""
 
@@ -118,9 +68,10 @@ class _Index:
     @classmethod
     def of(cls, root: Path, shards: list[str]) -> "_Index":
         """Reads all headers, of which a bar tells."""
-        scanned = [
-            scan(root / name) for name in tqdm(shards, desc="reading the headers of shards", leave=False, disable=None)
-        ]
+        found = scan_all([root / name for name in shards])
+        bar = tqdm(found, desc="reading the headers of shards", total=len(shards), leave=False, disable=None)
+        with contextlib.closing(found):
+            scanned = list(bar)
         members = joined(shards, scanned)
         labels, names = _numbers(members, root, scanned)
         return cls(members, labels, names, [remark for some in scanned for remark in some.remarks])

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 import numpy as np
 from PIL import Image
 
-from bevt_fast.data import decode, phases
+from bevt_fast.data import decode, parquet_rows, phases
 from bevt_fast.data.decode import BadFile
 from bevt_fast.data.packed import File, Part, opened
 
@@ -48,7 +48,7 @@ NVDEC = {
 class Job(NamedTuple):
     """A file to check, as a source lists it: all of it, or `count` frames from `first` on.
 
-    An image in a tar shard is `count` bytes from byte `first` of `shard`.
+    An image in a tar shard is `count` bytes from byte `first` of `shard`; one in a parquet file is a row of it.
     """
 
     path: str
@@ -63,6 +63,8 @@ class Job(NamedTuple):
         """What `decode` opens."""
         if not self.shard:
             return self.path
+        if self.shard.endswith(parquet_rows.SUFFIX):
+            return parquet_rows.Row.named(self.shard, self.path[len(self.shard) + 1 :])
         return Part(Path(self.shard), self.path[len(self.shard) + 1 :], self.first, self.count)
 
 

@@ -25,6 +25,7 @@ from bevt_fast.data import decode, pipeline, sources
 from bevt_fast.data.decode import Probe
 from bevt_fast.data.folders import locked
 from bevt_fast.data.packed import PackedPaths, Part
+from bevt_fast.data.parquet_rows import Row
 from bevt_fast.data.sources import Source
 from bevt_fast.data.verify import cleaned, processes
 from bevt_fast.data.verify.examine import Depth, Job
@@ -145,6 +146,8 @@ def _jobs(source: Source) -> Iterator[Job]:
         path = str(file)
         if isinstance(file, Part):
             yield Job(path, "images", file.offset, file.size, shard=str(file.file))
+        elif isinstance(file, Row):
+            yield Job(path, "images", shard=str(file.file_path))
         elif source.frames is None:
             yield Job(path, "images")
         else:
@@ -210,7 +213,7 @@ def _use(one: Listed, good: array, name: Path, config: str) -> list[str]:
     if not good:
         return ["no file is good, so there is no list"]
     if isinstance(one.source.paths, PackedPaths):
-        return ["no list names files in shards; a run replaces the bad ones, or pack the shards without them"]
+        return ["no list names images in shards; a run replaces the bad ones, or write the shards without them"]
     part = cleaned.write(one.source, good, name)
     if part is None:
         return ["no list can say these extents; leave out of your own what quarantine.jsonl names"]
