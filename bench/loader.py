@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
 import cv2
 import torch
 
-from bench import loader_damage
+from bench import loader_damage, loader_report
 from bench.loader_contenders import OURS, PLAIN, CannotRun, Contender, Others, Workload, contenders
 from bench.loader_files import make_files, source
 from bench.loader_step import waiting
@@ -260,8 +260,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(chosen, Path(folder))
         print(machine(bench.device).line())
         bench.run()
-        report: Callable[[str], None] = functools.partial(print, flush=True)
+        remarks: list[str] = []
+
+        def report(sentence: str) -> None:
+            print(sentence, flush=True)
+            remarks.append(sentence)
+
         waiting(bench.config("clips"), source(Path(chosen.data or f"{folder}/made"), "clips", chosen), chosen, report)
+    loader_report.page(bench.rows, remarks, Path(chosen.out) / "loader.md")
+    if problem := loader_report.picture(bench.rows, Path(chosen.out) / "loader.png"):
+        print(problem)
     ours = [row for row in bench.rows if row.contender == OURS and row.stream == "clips" and row.against_plain]
     best = max(ours, key=lambda row: row.workers or 0, default=None)
     said = f"{best.against_plain:.2f} times {PLAIN}, {best.workers} workers" if best else "not comparable here"

@@ -1,6 +1,7 @@
 """The loader's benchmark: a rehearsal from end to end, and what a row says of a contender that reads something else."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ def test_a_rehearsal_gives_every_contender_a_row_and_a_headline(tmp_path, capsys
         assert any(name in line for line in lines), name
     assert sum(",ok," in line for line in lines) >= 4
     assert "is waiting for data" in said and f"times {PLAIN}" in said.splitlines()[-1]
+    page = (tmp_path / "loader.md").read_text()
+    assert page.count("| torchcodec DataLoader |") == 1 and "is waiting for data" in page
+    assert (tmp_path / "loader.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
 @pytest.mark.parametrize("stream, plain", [("clips", PLAIN), ("images", "plain OpenCV DataLoader")])
