@@ -222,10 +222,12 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float | None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """The whole file, through a temporary one, so that a kill leaves the last complete version."""
+    """The whole file, through a temporary one, so that a kill leaves the last complete version. All rows are of one
+    class, which may have more columns than `Row`.
+    """
     draft = path.with_name(path.name + ".part")
     with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])] if rows else COLUMNS)
         writer.writeheader()
         writer.writerows({k: _short(v) for k, v in asdict(row).items()} for row in rows)
     draft.replace(path)

@@ -84,7 +84,9 @@ class Way(Protocol):
     """Computes convolutions, whose laid-out weights it holds by number."""
 
     def __call__(self, layer: Convolution, x: Tensor, relu: bool = False, onto: Tensor | None = None) -> Tensor:
-        """conv(x), relu(conv(x)), or onto + gain * conv(x), which overwrites `onto`. `x` is left as it is."""
+        """conv(x), relu(conv(x)), or onto + gain * conv(x), which overwrites `onto`; a layer with a gain is always
+        summed onto something. `x` is left as it is.
+        """
         ...
 
 
@@ -148,14 +150,19 @@ def _onednn_agrees(dtype: torch.dtype) -> bool:
         return (torch.arange(math.prod(shape), device="cpu") % values - 1).view(shape).to(dtype)
 
     with torch.device("meta"):  # draws no random number
-        layer = Convolution(16, 16, 3, gain=0.5)
-    layer.w, layer.b = (nn.Parameter(x, requires_grad=False) for x in (numbers(3, 16, 16, 3, 3), numbers(7, 16)))
+        layers = [Convolution(16, 16, 3), Convolution(16, 16, 3, gain=0.5)]
+    for number, layer in enumerate(layers):
+        layer.w, layer.b = (nn.Parameter(x, requires_grad=False) for x in (numbers(3, 16, 16, 3, 3), numbers(7, 16)))
+        layer.number = number
     x, onto = numbers(2, 2, 16, 4, 4), numbers(5, 2, 16, 4, 4)
     x, onto = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, onto))
     results = []
     try:
-        for way in (Plain({0: layer.weights(dtype)}), OneDnn([layer], dtype, (2, 4, 4))):
-            results.append((way(layer, x), way(layer, x, relu=True), way(layer, x, onto=onto.clone())))
+        for way in (
+            Plain({n: layer.weights(dtype) for n, layer in enumerate(layers)}),
+            OneDnn(layers, dtype, (2, 4, 4)),
+        ):
+            results.append((way(layers[0], x), way(layers[0], x, relu=True), way(layers[1], x, onto=onto.clone())))
     except (AttributeError, RuntimeError):
         return False
     return all(torch.equal(ours, plain) for ours, plain in zip(*results))
