@@ -21,6 +21,7 @@ GAIN = 1 / (GROUPS * BLOCKS) ** 2  # of a block's residual path
 FIRST = 2  # frames in a CPU's first group at a time; its widest layer has 12.8 MB a 112-pixel frame
 LAST = 16  # and in its last
 COMPILED = 4  # frames that a CPU takes through all compiled layers at a time
+SMALLEST = {"cuda": 8, "cpu": 1}  # frames that are compiled for
 
 Precision = Literal["official", "fp32", "bf16"]
 
@@ -112,7 +113,7 @@ class Body(nn.Sequential):
         x = token_pixels.to(self._dtype(token_pixels.device), memory_format=torch.channels_last)
         exact = x.dtype == torch.float32
         with _convolution.ieee_float32(x.device) if exact else contextlib.nullcontext():
-            if self.compiles and len(x):
+            if self.compiles and len(x) and x.device.type in SMALLEST:
                 return self._run_compiled(x)
             return self._run(x).relu_()
 
@@ -158,12 +159,13 @@ class Body(nn.Sequential):
     def _run_compiled(self, x: Tensor) -> Tensor:
         """Frames in powers of two, filled up with black ones, so that few shapes are compiled."""
         if self._compiled is None:
+            # on a CPU autotuning takes minutes, and the convolutions are oneDNN's either way
             mode = "max-autotune-no-cudagraphs" if x.is_cuda else "default"
             self._compiled = torch.compile(self._all, mode=mode, dynamic=False)
         weights = self._plain_way(x).weights
         done = []
         for part in x.split(len(x) if x.is_cuda else COMPILED):
-            missing = (1 << (len(part) - 1).bit_length()) - len(part)
+            missing = bucket(len(part), SMALLEST[x.device.type]) - len(part)
             filled = functional.pad(part, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
             done.append(self._compiled(filled, weights)[: len(part)])
         return _joined(done)
@@ -173,6 +175,11 @@ class Body(nn.Sequential):
         for stage in self._stages():
             x = stage.run(x, way)
         return x.relu()
+
+
+def bucket(frames: int, smallest: int) -> int:
+    """The power of two that holds so many frames, at least `smallest`."""
+    return max(smallest, 1 << (frames - 1).bit_length())
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -42,7 +42,8 @@ class Dalle(nn.Module):
         hidden: width n of the first group; the others have 2n, 4n and 8n.
         precision: dtype of all convolutions but the last, which is always float32. "official": float16 on a GPU,
             float32 elsewhere (SPEC 3.1). "fp32", "bf16": on any device; bf16 gives some cells another id.
-        compile: torch.compile runs the convolutions. It compiles once for every power of two of frames.
+        compile: torch.compile runs the convolutions. It compiles for 8, 16, 32 and 64 frames on a GPU, for 1, 2 and 4
+            on a CPU, when they are first met; other numbers are filled up.
     """
 
     cell = 8

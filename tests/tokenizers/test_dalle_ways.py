@@ -271,6 +271,12 @@ def test_compiled_shapes_are_powers_of_two(official, ours, monkeypatch):
     assert ours(pixels(2, 8, 16)[:0]).shape == (0, 1, 2)
 
 
+def test_a_gpu_compiles_for_four_sizes():
+    sizes = [_dalle_body.bucket(n, _dalle_body.SMALLEST["cuda"]) for n in range(1, dalle.GPU_CHUNK + 1)]
+    assert set(sizes) == {8, 16, 32, 64}
+    assert all(size >= n for n, size in enumerate(sizes, start=1))
+
+
 def test_torch_compile_reads_the_body_in_one_piece(official, ours):
     x = pixels(3, 16, 16)
     ours.blocks._compiled = torch.compile(ours.blocks._all, backend="aot_eager", dynamic=False, fullgraph=True)
