@@ -217,12 +217,12 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float | None
 
 
 def write_rows(path: Path, rows: Sequence[Any], kind: type = Row) -> None:
-    """The whole file, through a temporary one, so that a kill leaves the last complete version. `kind` is the dataclass
-    of a row.
+    """The whole file, through a temporary one, so that a kill leaves the last complete version. All rows are of one
+    dataclass; `kind` names the columns where there is none.
     """
     draft = path.with_name(path.name + ".part")
     with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(kind)])
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0] if rows else kind)])
         writer.writeheader()
         writer.writerows({k: _short(v) for k, v in asdict(row).items()} for row in rows)
     draft.replace(path)

@@ -4,10 +4,9 @@ The weights are OpenAI's encoder.pkl. It is a pickled module, read here without 
 turns it into safetensors once, which loads faster and can carry nothing but tensors.
 """
 
-import math
-from collections import OrderedDict
+import itertools
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -15,90 +14,57 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bevt_fast.config import Positive, Section
 from bevt_fast.errors import DataError
 from bevt_fast.tokenizers import _frames, _restricted_pickle, _weights_file
+from bevt_fast.tokenizers._dalle_body import LAST, Body, Precision
 from bevt_kernels import codebook_argmax
 
 PUBLISHED = "https://cdn.openai.com/dall-e/encoder.pkl"
 FORMAT = "dall_e.encoder"
-GROUPS, BLOCKS = 4, 2  # SPEC 3.1
-GAIN = 1 / (GROUPS * BLOCKS) ** 2  # of a block's residual path
+GPU_CHUNK = 64  # frames that exist as activations together
+SCORED = 4  # frames that a CPU scores at a time
 
 
 class Options(Section):
     weights: str
     sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None  # refuse a file of another digest
     vocab_size: Positive = 8192
-
-
-class Convolution(nn.Module):
-    """Stride 1, zero padding to the same size. In float16 on a GPU, unless `exact` (SPEC 3.1: it casts itself)."""
-
-    def __init__(self, inputs: int, outputs: int, side: int, exact: bool = False):
-        super().__init__()
-        self.exact = exact
-        # normal(0, 1/sqrt(fan-in)): without trained weights the logits still have a useful scale
-        self.w = nn.Parameter(torch.randn(outputs, inputs, side, side) / math.sqrt(inputs * side**2))
-        self.b = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.float16 if x.is_cuda and not self.exact else torch.float32
-        return functional.conv2d(x.to(dtype), self.w.to(dtype), self.b.to(dtype), padding=self.w.shape[-1] // 2)
-
-
-class Block(nn.Module):
-    """id(x) + res(x) / 64, with a bottleneck of a quarter of the width."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        inner = outputs // 4
-        self.id_path = Convolution(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        sizes = [(inputs, inner, 3), (inner, inner, 3), (inner, inner, 3), (inner, outputs, 1)]
-        for i, size in enumerate(sizes, start=1):
-            layers[f"relu_{i}"] = nn.ReLU()
-            layers[f"conv_{i}"] = Convolution(*size)
-        self.res_path = nn.Sequential(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + GAIN * self.res_path(x)
+    precision: Precision = "official"
+    compile: bool = False
 
 
 class Dalle(nn.Module):
     """The encoder and its argmax. Weights have the official names (`blocks.group_1.block_1.res_path.conv_1.w`).
 
-    hidden: width n of the first group; the others have 2n, 4n and 8n.
+    Args:
+        hidden: width n of the first group; the others have 2n, 4n and 8n.
+        precision: dtype of all convolutions but the last, which is always float32. "official": float16 on a GPU,
+            float32 elsewhere (SPEC 3.1). "fp32", "bf16": on any device; bf16 gives some cells another id.
+        compile: torch.compile runs the convolutions. It compiles for 8, 16, 32 and 64 frames on a GPU, for 1, 2 and 4
+            on a CPU, when they are first met; other numbers are filled up.
     """
 
     cell = 8
 
-    def __init__(self, hidden: int = 256, vocab_size: int = 8192):
+    def __init__(
+        self, hidden: int = 256, vocab_size: int = 8192, precision: Precision = "official", compile: bool = False
+    ):
         super().__init__()
         self.vocab_size = vocab_size
-        blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Convolution(3, hidden, 7))
-        width = hidden
-        for group in range(GROUPS):
-            layers: OrderedDict[str, nn.Module] = OrderedDict()
-            for block in range(BLOCKS):
-                layers[f"block_{block + 1}"] = Block(width, hidden * 2**group)
-                width = hidden * 2**group
-            if group < GROUPS - 1:
-                layers["pool"] = nn.MaxPool2d(2)
-            blocks[f"group_{group + 1}"] = nn.Sequential(layers)
-        head: OrderedDict[str, nn.Module] = OrderedDict(relu=nn.ReLU())
-        head["conv"] = Convolution(width, vocab_size, 1, exact=True)
-        blocks["output"] = nn.Sequential(head)
-        self.blocks = nn.Sequential(blocks)
+        self.blocks = Body(hidden, vocab_size, precision, compile)
         self.eval().requires_grad_(False)
+
+    @property
+    def precision(self) -> Precision:
+        return self.blocks.precision
 
     @torch.no_grad()
     def logits(self, token_pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N V h w"]:
         """Score of every id for every cell, float32. Raises ValueError for pixels not float32 or not in whole cells."""
         with torch.autocast(token_pixels.device.type, enabled=False):
-            return self._output(self._features(token_pixels))
+            return self.blocks.last(self._features(token_pixels).float())
 
     @torch.no_grad()
     def forward(
@@ -107,23 +73,21 @@ class Dalle(nn.Module):
         """Pixels in [0.1, 0.9] to ids, any leading dimensions; of equal scores the first id wins. With `hidden` only
         those cells, and 0 elsewhere.
         """
-        # the widest layer takes 12.8 MB a 112-pixel frame: few at a time stay near a CPU's caches
-        chunk = 64 if token_pixels.is_cuda else 4
+        chunk = GPU_CHUNK if token_pixels.is_cuda else LAST
         return _frames.name_cells(self._name, token_pixels, hidden, self.cell, chunk)
 
     def _name(self, token_pixels: Tensor, hidden: Tensor | None) -> Tensor:
         with torch.autocast(token_pixels.device.type, enabled=False):
-            cells = self._features(token_pixels).movedim(1, -1).contiguous()  # (N, h, w, K)
-            # float32 like `Convolution(exact=True)`
-            return codebook_argmax(cells.float(), self._output.w.flatten(1), self._output.b, hidden)
-
-    @property
-    def _output(self) -> Convolution:
-        return cast(Convolution, self.blocks.get_submodule("output.conv"))
+            cells = self._features(token_pixels).movedim(1, -1)  # (n, h, w, K)
+            w, b = self.blocks.last.w.flatten(1), self.blocks.last.b
+            # without the kernel all scores of a part exist at once, 6.4 MB a 112-pixel frame
+            part = GPU_CHUNK if cells.is_cuda else SCORED
+            masks = itertools.repeat(None) if hidden is None else hidden.split(part)
+            return torch.cat([codebook_argmax(x.float(), w, b, mask) for x, mask in zip(cells.split(part), masks)])
 
     def _features(self, token_pixels: Tensor) -> Tensor:
-        """What the last convolution reads, (N, K, h, w). The precision is part of the tokenizer's definition: callers
-        switch a surrounding autocast off.
+        """What the last convolution reads, (N, K, h, w) in channels_last. The precision is part of the tokenizer's
+        definition: callers switch a surrounding autocast off.
         """
         if token_pixels.dtype != torch.float32:
             raise ValueError(f"the tokenizer reads float32 pixels in [0.1, 0.9] (SPEC 3.2), got {token_pixels.dtype}")
@@ -132,7 +96,7 @@ class Dalle(nn.Module):
             raise ValueError(
                 f"the tokenizer reads 3 channels, sides in multiples of {self.cell}; got {channels}x{height}x{width}"
             )
-        return functional.relu(self.blocks[:-1](token_pixels))
+        return self.blocks.features(token_pixels)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors, whole or not at all. Raises DataError where that cannot be done."""
@@ -211,4 +175,6 @@ def read(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 def build(options: Options) -> Dalle:
     """The encoder a configuration names."""
-    return from_tensors(read(options.weights, options.sha256), options.weights, options.vocab_size)
+    tokenizer = from_tensors(read(options.weights, options.sha256), options.weights, options.vocab_size)
+    tokenizer.blocks.precision, tokenizer.blocks.compiles = options.precision, options.compile
+    return tokenizer

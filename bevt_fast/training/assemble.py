@@ -148,8 +148,13 @@ def fingerprint(source: Source) -> dict[str, str | int]:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A digest of the tokenizer's numbers, whatever file they came from; "" for one that has none."""
+    """A digest of the tokenizer's numbers, whatever file they came from, and of a precision that is not the official
+    one; "" for one that has none.
+    """
     digest = hashlib.sha256()
+    precision = getattr(tokenizer, "precision", "official")
+    if precision != "official":
+        digest.update(f"precision {precision}\n".encode())
     state = tokenizer.state_dict() if isinstance(tokenizer, torch.nn.Module) else {}
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

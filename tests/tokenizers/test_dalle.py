@@ -83,19 +83,6 @@ def test_full_size_equals_the_official_one():
     assert torch.equal(ids, logits.argmax(1))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the float16 rule holds on a GPU only")
-def test_logits_equal_the_official_ones_on_a_gpu(official):
-    ours = dalle.from_tensors(official.state_dict(), "memory").cuda()
-    theirs = Encoder(n_hid=WIDTH, vocab_size=IDS, device=torch.device("cuda"))
-    theirs.load_state_dict(official.state_dict())
-    pictures = pixels(6, 3, 48, 64).cuda()
-    logits = theirs(pictures)
-    assert ours.logits(pictures).dtype == torch.float32
-    torch.testing.assert_close(ours.logits(pictures), logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(ours(pictures), logits.argmax(1))
-
-
 def test_any_leading_dimensions():
     tokenizer, clips = dalle.Dalle(hidden=8, vocab_size=16), pixels(2, 5, 3, 16, 24)
     ids = tokenizer(clips)
