@@ -193,23 +193,27 @@ class StreamReader(Dataset):
 
     def _outcomes(self, slots: Sequence[Slot]) -> list[Sample | BadFile]:
         """For each slot its sample, or what is wrong with its file."""
-        draws = [or_bad(self.draw, *slot.place, slot.file) for slot in slots]
-        jobs: dict[int, Job] = {}  # what DALI reads, all at once
-        for k, (drawn, slot) in enumerate(zip(draws, slots)):
-            if isinstance(drawn, Draw) and self._dali_takes(slot.file):
-                jobs[k] = self._job(drawn, slot.file)
-        cut = dict(zip(jobs, self.dali(list(jobs.values())))) if self.dali is not None and jobs else {}
-        outcomes: list[Sample | BadFile] = []
-        for k, (drawn, slot) in enumerate(zip(draws, slots)):
+        outcomes: dict[int, Sample | BadFile] = {}
+        for_dali: dict[int, Draw] = {}
+        for k, slot in enumerate(slots):
+            drawn = or_bad(self.draw, *slot.place, slot.file)
             if isinstance(drawn, BadFile):
-                outcomes.append(drawn)
-                continue
-            pixels = cut.get(k)
-            if pixels is None or isinstance(pixels, BadFile):
-                # DALI decodes from the file's beginning, so damage before the clip ends it: PyAV has the last word
-                pixels = or_bad(self._pixels, drawn, slot.file)
-            outcomes.append(pixels if isinstance(pixels, BadFile) else Sample(pixels, drawn.mask, slot.file))
-        return outcomes
+                outcomes[k] = drawn
+            elif self._dali_takes(slot.file):
+                for_dali[k] = drawn
+            else:  # read before the next is drawn: the file is still open
+                outcomes[k] = self._sample(drawn, slot.file)
+        jobs = [self._job(drawn, slots[k].file) for k, drawn in for_dali.items()]
+        cut = self.dali(jobs) if self.dali is not None and jobs else []
+        for (k, drawn), pixels in zip(for_dali.items(), cut):
+            # DALI decodes from the file's beginning, so damage before the clip ends it: PyAV has the last word
+            outcomes[k] = self._sample(drawn, slots[k].file, None if isinstance(pixels, BadFile) else pixels)
+        return [outcomes[k] for k in range(len(slots))]
+
+    def _sample(self, drawn: Draw, file: int, pixels: np.ndarray | None = None) -> Sample | BadFile:
+        """The sample of a draw; `pixels` are read unless they are given."""
+        found = or_bad(self._pixels, drawn, file) if pixels is None else pixels
+        return found if isinstance(found, BadFile) else Sample(found, drawn.mask, file)
 
     def _dali_takes(self, file: int) -> bool:
         if self.dali is None:

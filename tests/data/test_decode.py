@@ -38,7 +38,7 @@ def in_order(path):
     """Every frame as PyAV's plain decoder gives them, one after the other."""
     with av.open(str(path)) as container:
         return np.stack(
-            [f.to_ndarray(format="rgb24", interpolation=decode.CONVERSION) for f in container.decode(video=0)]
+            [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
         )
 
 

@@ -14,6 +14,7 @@ from bevt_fast.data.decode import BadFile, probe, read_frames
 from bevt_fast.data.phases import Layout
 from bevt_fast.data.reader import StreamReader
 from bevt_fast.data.sources import Frames
+from bevt_fast.data.video import Video
 from tests.data import media
 from tests.data.test_loader import config
 
@@ -125,14 +126,14 @@ def test_a_part_of_a_phase_split_file_is_a_part_of_the_video(files):
 @pytest.mark.parametrize("codec", ["h264", "vp9"])
 def test_a_clip_is_decoded_from_few_frames(files, codec, monkeypatch):
     """At most the clip and what stands between it and the keyframe before it, gop - 1 frames."""
-    forward, decoded = decode._forward, []
+    forward, decoded = Video._forward, []
 
     def counting(*arguments):
         for frame in forward(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(decode, "_forward", counting)
+    monkeypatch.setattr(Video, "_forward", counting)
     for start in range(N - 7 * STRIDE):
         decoded.clear()
         read_frames(files[codec], [start + STRIDE * k for k in range(8)])
