@@ -1,8 +1,9 @@
 """Exact frames out of any file, or a BadFile that says why not. PyAV for videos, Pillow for images.
 
 Frame k of a video is the k-th frame a player would show: the k-th smallest presentation time among the packets that
-are shown. One pass over the packets finds these times and the keyframes without decoding, so reading a clip seeks to
-the keyframe before each frame it needs and decodes forward from there. Where a file has no trustworthy times, its
+are shown. One pass over the packets finds these times and the keyframes without decoding (`video.py`), so reading a
+clip begins at the keyframe before each frame it needs and decodes forward from there. Its pixels are those of PyAV's
+`to_ndarray`, decord and torchcodec: what the official pipeline trains on. Where a file has no trustworthy times, its
 frames are counted as the decoder puts them out. A phase-split file (`phases.py`) stores its frames in another order;
 callers number them as the video shows them. Whatever is wrong with a file ends as a BadFile: the run goes on.
 """
@@ -20,12 +21,12 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from bevt_fast.data import phases
-from bevt_fast.data.containers import is_cut_short
+from bevt_fast.data.containers import Index, Look, Probe, is_cut_short
 from bevt_fast.data.faults import KINDS as KINDS
 from bevt_fast.data.faults import PASSING_FAULTS as PASSING_FAULTS
 from bevt_fast.data.faults import BadFile, faults
 from bevt_fast.data.packed import File, opened
-from bevt_fast.data.video import Index, Look, Probe, open_container, opened_video, packets_of, picture
+from bevt_fast.data.video import open_container, opened_video, packets_of, picture
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 READ_TOGETHER = 64  # frames of a phase-split file that `each_frame` reads at once: 8 neighbours of each of 8 phases

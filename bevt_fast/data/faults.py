@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from bevt_fast.data.packed import File, is_empty
 
@@ -11,6 +13,8 @@ KINDS = ("missing", "empty", "unreadable", "no_video", "truncated", "too_short",
 # reading again may help with these, and with no other fault
 PASSING_FAULTS = {"io"}
 PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+
+Read = TypeVar("Read")
 
 
 class BadFile(Exception):
@@ -43,3 +47,22 @@ def faults(path: File, kind: str) -> Iterator[None]:
         elif "truncated" in str(error).lower():  # Pillow's word
             kind = "truncated"
         raise BadFile(kind, path, f"{type(error).__name__}: {error}".split("; last error log")[0]) from None
+
+
+def or_bad(read: Callable[..., Read], *arguments: Any) -> Read | BadFile:
+    """`read(*arguments)`, or the BadFile it raises."""
+    try:
+        return read(*arguments)
+    except BadFile as error:
+        return error
+
+
+def twice(read: Callable[[], Read]) -> Read:
+    """`read()`, once more after a second where the fault may pass (NEEDS D15)."""
+    try:
+        return read()
+    except BadFile as error:
+        if error.kind not in PASSING_FAULTS:
+            raise
+        time.sleep(1.0)
+        return read()

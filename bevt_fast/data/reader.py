@@ -5,7 +5,6 @@ from a generator keyed by (seed, stream, epoch, index). A bad file is replaced b
 key, and a record of it travels with the batch.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -15,7 +14,8 @@ from torch.utils.data import Dataset
 
 from bevt_fast.config import Config, Stream, View, accumulation
 from bevt_fast.data import damage, decode, masking, pace, phases, pipeline, pipeline_reference, sampling
-from bevt_fast.data.decode import BadFile, Probe
+from bevt_fast.data.decode import Probe
+from bevt_fast.data.faults import BadFile, or_bad, twice
 from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
 from bevt_fast.data.sources import Source
@@ -249,11 +249,11 @@ class StreamReader(Dataset):
         """The frames `wanted` of a file; damaged ones are as `data.on_damage` says. Raises BadFile."""
         path, extent = self.source.path(file), self.source.extent(file)
         try:
-            return _twice(lambda: decode.read_frames(path, wanted, extent))
+            return twice(lambda: decode.read_frames(path, wanted, extent))
         except BadFile as error:
             if self.on_damage != "use_previous" or error.kind != "corrupt":
                 raise
-            frames = _twice(lambda: damage.read_good_frames(path, wanted, extent))
+            frames = twice(lambda: damage.read_good_frames(path, wanted, extent))
             self._repaired.append(self.record(error, drawn.epoch, file, file))
             return frames
 
@@ -288,7 +288,7 @@ class StreamReader(Dataset):
         if file in self._bad:
             raise self._bad[file]
         try:
-            return _twice(read)
+            return twice(read)
         except BadFile as error:
             if error.kind not in decode.PASSING_FAULTS:
                 self._bad[file] = error
@@ -298,22 +298,3 @@ class StreamReader(Dataset):
 def _plain(view: View) -> View:
     """The view without augmentation: no flip, no jitter, the smallest scale; the place of the crop is still drawn."""
     return View(size=view.size, short_side=(view.short_side[0], view.short_side[0]), flip=0.0, colour_jitter=0.0)
-
-
-def or_bad(read: Callable[..., Read], *arguments: Any) -> Read | BadFile:
-    """`read(*arguments)`, or the BadFile it raises."""
-    try:
-        return read(*arguments)
-    except BadFile as error:
-        return error
-
-
-def _twice(read: Callable[[], Read]) -> Read:
-    """`read()`, once more after a second where the fault may pass (NEEDS D15)."""
-    try:
-        return read()
-    except BadFile as error:
-        if error.kind not in decode.PASSING_FAULTS:
-            raise
-        time.sleep(1.0)
-        return read()

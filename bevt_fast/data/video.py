@@ -9,7 +9,7 @@ import os
 from collections.abc import Generator, Iterator
 from fractions import Fraction
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import av.container
@@ -18,7 +18,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from bevt_fast.data import phases
-from bevt_fast.data.containers import is_hidden, times_are_trusted
+from bevt_fast.data.containers import Index, Look, Probe, is_hidden, times_are_trusted
 from bevt_fast.data.faults import BadFile
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg's remarks on damaged files; what matters arrives as BadFile
@@ -26,44 +26,11 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg's remarks on damaged files; wha
 IN_MEMORY = 2**25  # bytes of packets that are kept; a longer file is read again where the clip is
 
 
-class Probe(NamedTuple):
-    """What is known of a video before a clip is read. `height` and `width` are of the shown (rotated) picture."""
-
-    frames: int
-    height: int
-    width: int
-    codec: str  # FFmpeg's name; "images" for a folder of images
-    pixel_format: str
-    rotation: int  # degrees anticlockwise from the stored to the shown picture
-    rate: Fraction | None = None  # frames a second, on average, where the file says so
-    layout: phases.Layout | None = None  # of the whole file, where its frames are not in the ordinary order
-
-
-class Index(NamedTuple):
-    """Where the frames of one file are. `times` is None where frames can only be counted."""
-
-    probe: Probe
-    times: np.ndarray | None  # (frames,) presentation times, ascending
-    keys: np.ndarray  # presentation times of the keyframes, ascending
-    container: str  # FFmpeg's name
-    unit: Fraction  # seconds of one unit of time
-    key_packets: np.ndarray  # the packet of each of `keys`: its number in the order of decoding
-    in_order: bool = False  # taken from the container's table: no frame is shown before one that is decoded earlier
-
-
 class _Table(NamedTuple):
     """The packets of the shown frames, in the order of decoding: presentation times; those of keyframes by number."""
 
     times: list[int | None]
     keys: list[tuple[int | None, int]]
-
-
-class Look(NamedTuple):
-    """What tells that a file is still the same one."""
-
-    changed: int  # nanoseconds
-    size: int
-    inode: int
 
 
 class Video:
@@ -279,7 +246,8 @@ def _each(packets: list[av.Packet], start: int) -> "Generator[av.Packet]":
 def packets_of(container: "av.container.InputContainer") -> "Generator[av.Packet]":
     """The packets of the video stream, from where the container stands."""
     # one that is left half-way and not closed keeps 150 bytes for ever
-    with contextlib.closing(container.demux(container.streams.video[0])) as packets:
+    packets: Any = container.demux(container.streams.video[0])
+    with contextlib.closing(packets):
         yield from packets
 
 
@@ -303,7 +271,7 @@ def picture(frame: "av.VideoFrame", reformatter: VideoReformatter) -> np.ndarray
     """
     if frame.is_corrupt:
         raise ValueError("the decoder marks a frame as damaged")
-    plane = reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
+    plane: Any = reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : 3 * frame.width]
     turns = frame.rotation // 90 if frame.rotation % 90 == 0 else 0
     return np.rot90(rows.reshape(frame.height, frame.width, 3), turns)

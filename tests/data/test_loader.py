@@ -22,7 +22,7 @@ from PIL import Image
 
 from bevt_fast import config as configuration
 from bevt_fast.config import Config
-from bevt_fast.data import decode, loader, masking, pipeline, pipeline_reference, reader, sampling
+from bevt_fast.data import decode, faults, loader, masking, pipeline, pipeline_reference, sampling
 from bevt_fast.data.decode import BadFile
 from bevt_fast.data.loader import Loader
 from bevt_fast.data.reader import StreamReader, draw
@@ -390,7 +390,7 @@ def test_a_passing_fault_is_tried_once_more(folder, monkeypatch):
         return read(path, *arguments)
 
     monkeypatch.setattr(decode, "read_frames", stalling_once)
-    monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
     bad = []
     stream.read([sampling.Place(0, 5)], bad)
     assert bad == [] and len(calls) == 2

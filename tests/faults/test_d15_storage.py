@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bevt_fast.data import reader
+from bevt_fast.data import faults
 from tests.data import media
 from tests.faults import making
 from tests.training.command import losses, rows
@@ -49,7 +49,7 @@ class Storage:
 def test_d15_one_fault_passes_two_are_quarantined(works: int, folder: Path, clips_only, here, monkeypatch) -> None:
     assert here(clips_only(folder, "good", train__steps=3)).code == 0
     expected = losses(folder.parent / "good")
-    monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
     results = {}
     for fails in (1, 2):
         for path in folder.iterdir():
@@ -97,7 +97,7 @@ def test_d15_images_are_tried_again_too(tmp_path: Path, monkeypatch) -> None:
         return opening(path, *arguments)
 
     monkeypatch.setattr(Image, "open", failing_once)
-    monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
     found, records = making.read(config, source, 1)
     assert not records and len(opened) == 8  # three headers, three pictures, and twice again
     np.testing.assert_array_equal(found, expected)
