@@ -87,10 +87,6 @@ class Video:
         keys = np.array(sorted(table.keys), np.int64).reshape(-1, 2)
         return Index(found, np.sort(np.array(times, np.int64)), keys[:, 0], name, unit, keys[:, 1], in_order)
 
-    def layout(self, frames: int) -> phases.Layout | None:
-        """The order of the frames, if so many. Raises ValueError."""
-        return phases.layout_of(dict(self.container.metadata), frames)
-
     def collect(self, index: Index, wanted: set[int]) -> dict[int, np.ndarray]:
         """The frames at the presentation times `wanted`, (H, W, 3) uint8 by time, from group to group. May miss some.
 
