@@ -48,28 +48,33 @@ def image_views(
 
 def image_pixels(image: np.ndarray, crop: Crop, order: tuple[int, int, int] = (0, 1, 2)) -> np.ndarray:
     """The pixels of `image_views`."""
-    resized = _resized(image, crop.height, crop.width)
-    if crop.jitter is not None:
-        resized = jitter(resized, crop.jitter, order)
-    return _crop(resized, crop, np.empty((crop.size, crop.size, 3), np.uint8))
+    picture, window = _resized(image, crop.height, crop.width), _window(crop)
+    picture = picture[window] if crop.jitter is None else jitter(picture, crop.jitter, order, window)
+    return cv2.flip(picture, 1) if crop.flip else np.ascontiguousarray(picture)
 
 
-def jitter(picture: np.ndarray, factors: tuple[float, float, float], order: tuple[int, int, int]) -> np.ndarray:
+def jitter(
+    picture: np.ndarray,
+    factors: tuple[float, float, float],
+    order: tuple[int, int, int],
+    window: tuple[slice, slice] = (slice(None), slice(None)),
+) -> np.ndarray:
     """Brightness, contrast and saturation times `factors`, in `order`; float32 between, then 0..255 and truncated.
 
     Contrast moves away from the mean grey of the whole picture, saturation from each pixel's own grey (SPEC 5.3).
+    Returns the `window` alone: what lies outside counts for the mean and no longer.
     """
     values = picture.astype(np.float32)
     for step in order:
-        factor = np.float32(factors[step])
-        if step == 0:
-            values = values * factor
-        elif step == 1:
+        factor, grey = np.float32(factors[step]), np.float32(0)
+        if step == 1:
             # the grey of the mean colour is the mean grey, in one pass over the picture
-            values = values * factor + (1 - factor) * np.float32(values.mean(axis=(0, 1), dtype=np.float64) @ GREY)
-        else:
-            values = values * factor + (1 - factor) * (values @ GREY)[..., None]
-    return np.clip(values, 0, 255).astype(np.uint8)
+            grey = np.float32(np.array(cv2.mean(values)[:3]) @ GREY)
+            values = values[window]
+        elif step == 2:
+            grey = cv2.transform(values, GREY[None])[..., None]
+        values = values * factor + (1 - factor) * grey if step else values * factor
+    return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
 
 def token_view(picture: np.ndarray, token_size: int) -> np.ndarray:
@@ -183,8 +188,12 @@ def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _crop(picture: np.ndarray, crop: Crop, into: np.ndarray) -> np.ndarray:
     """Writes the window of a crop, flipped if it says so, `into` an array of its size."""
-    window = picture[crop.top : crop.top + crop.size, crop.left : crop.left + crop.size]
+    window = picture[_window(crop)]
     if crop.flip:
         return cv2.flip(window, 1, into)
     into[:] = window
     return into
+
+
+def _window(crop: Crop) -> tuple[slice, slice]:
+    return slice(crop.top, crop.top + crop.size), slice(crop.left, crop.left + crop.size)

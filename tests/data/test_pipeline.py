@@ -57,6 +57,34 @@ def jittered(picture, factors, order):
     return values
 
 
+@pytest.mark.parametrize("size", [64, 48, 224])
+def test_token_views_are_opencvs_lanczos_of_the_hardest_pictures(size):
+    for picture in (noise(size, size, 3), noise(size, size, 3) // 128 * 255, np.full((size, size, 3), 255, np.uint8)):
+        expected = cv2.resize(picture, (size // 2, size // 2), interpolation=cv2.INTER_LANCZOS4)
+        np.testing.assert_array_equal(pipeline_reference.token_view(picture, size // 2), expected)
+
+
+def test_looked_up_numbers_are_those_of_the_formula():
+    """A CPU looks each byte up, another device computes; both have the bits of the same float32 operations."""
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 2, 8, 16, 3)
+    mean, std = (torch.tensor(values) for values in (pipeline_reference.MEAN, pipeline_reference.STD))
+    expected = pixels.float().sub(mean).div(std).movedim(-1, 1)
+    found = pipeline_reference.normalise(pixels, channels=-4)
+    assert torch.equal(found, expected) and found.is_contiguous()
+    expected = pixels.float().div(255).mul(0.8).add(0.1).movedim(-1, -3)
+    assert torch.equal(pipeline_reference.map_pixels(pixels), expected)
+    assert pipeline_reference.normalise(pixels[:0]).shape == (0, 2, 3, 8, 16)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_window_is_jittered_as_the_whole_picture(order):
+    picture, window = smooth(), (slice(7, 71), slice(33, 97))
+    whole = pipeline_reference.jitter(picture, FACTORS[0], order)[window].astype(int)
+    levels = abs(pipeline_reference.jitter(picture, FACTORS[0], order, window) - whole)
+    # the last bit of a float32 may stand on the other side of a whole level
+    assert levels.max() <= 1 and (levels > 0).mean() < 1e-3
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("factors", FACTORS)
 def test_jitter_is_the_formula_cut_to_whole_grey_levels(order, factors):
