@@ -5,9 +5,10 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
-from bevt_fast.data.packed import File, is_empty
+from bevt_fast.data.packed import File, Packed, is_empty
 
 KINDS = ("missing", "empty", "unreadable", "no_video", "truncated", "too_short", "corrupt", "io")
 # reading again may help with these, and with no other fault
@@ -66,3 +67,16 @@ def twice(read: Callable[[], Read]) -> Read:
             raise
         time.sleep(1.0)
         return read()
+
+
+def read_bytes(path: Path | Packed) -> bytes:
+    """The content of a file, read once more after a second where the fault may pass: no hiccup of the storage may
+    decide which decoder's pixels a sample has. Raises OSError.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno not in PASSING_ERRORS:
+            raise
+        time.sleep(1.0)
+        return path.read_bytes()

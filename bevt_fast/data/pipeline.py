@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_fast.data.decode import BadFile, Probe
+from bevt_fast.data.containers import Probe
+from bevt_fast.data.faults import BadFile, read_bytes
 from bevt_fast.data.packed import Packed
 from bevt_fast.data.pipeline_reference import GREY, clip_pixels, image_pixels
 from bevt_fast.data.sampling import Crop
@@ -111,8 +112,7 @@ class DaliViews:
 
     def inputs(self, job: Job) -> dict[str, np.ndarray]:
         """What `DaliCrops` is to be given to read `job`."""
-        encoded = {name: values[0] for name, values in self._inputs([job]).items()}
-        return encoded | view_inputs(self.kind, job.crop, self.order)
+        return {k: v for k, (v,) in self._inputs([job]).items()} | view_inputs(self.kind, job.crop, self.order)
 
     def _run(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         if self._pipeline is None:
@@ -124,7 +124,7 @@ class DaliViews:
 
     def _inputs(self, jobs: Sequence[Job]) -> dict[str, list[np.ndarray]]:
         # a bytearray: what torch is to share must be writable
-        encoded: list[np.ndarray] = [np.frombuffer(bytearray(job.path.read_bytes()), np.uint8) for job in jobs]
+        encoded: list[np.ndarray] = [np.frombuffer(bytearray(read_bytes(job.path)), np.uint8) for job in jobs]
         frames = [np.array(job.frames, np.int32) for job in jobs if job.frames is not None]
         return {"encoded": encoded, "frames": frames} if frames else {"encoded": encoded}
 
