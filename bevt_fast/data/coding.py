@@ -18,7 +18,7 @@ import av
 import cv2
 import numpy as np
 from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from bevt_fast.data import decode, phases
 from bevt_fast.data.decode import BadFile
@@ -28,6 +28,10 @@ IN_MEMORY = 256 * 2**20  # bytes of pictures waiting for their place; more wait 
 CHECKED = 12  # frames of a file that are compared
 AT_ONCE = 256 * 2**20  # bytes of pictures decoded at once for the comparison
 RATES = (Fraction(1, 100), Fraction(500))  # frames a second that every container can count in; others become 25
+# sums rounded exactly and chroma of whole rows, because this is done once and read often
+EXACT = (
+    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+)
 GREY = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R BT.601
 
 
@@ -282,7 +286,7 @@ def _coded(task: Task, stream: Any, frame: "av.VideoFrame | None") -> list[av.Pa
 
 def _planes(picture: np.ndarray, coding: Coding) -> bytes:
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-    return frame.reformat(format=coding.pixel_format, interpolation=decode.CONVERSION, threads=1).to_ndarray().tobytes()
+    return frame.reformat(format=coding.pixel_format, interpolation=EXACT, threads=1).to_ndarray().tobytes()
 
 
 def _in_order(spool: IO[bytes], order: list[int], size: tuple[int, int]) -> Iterator[np.ndarray]:

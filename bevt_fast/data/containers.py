@@ -5,12 +5,49 @@ FFmpeg reads a file that was cut off as a shorter video; the sizes in its header
 
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import av
+import numpy as np
+
+from bevt_fast.data import phases
 
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska / WebM
+
+
+class Probe(NamedTuple):
+    """What is known of a video before a clip is read. `height` and `width` are of the shown (rotated) picture."""
+
+    frames: int
+    height: int
+    width: int
+    codec: str  # FFmpeg's name; "images" for a folder of images
+    pixel_format: str
+    rotation: int  # degrees anticlockwise from the stored to the shown picture
+    rate: Fraction | None = None  # frames a second, on average, where the file says so
+    layout: phases.Layout | None = None  # of the whole file, where its frames are not in the ordinary order
+
+
+class Index(NamedTuple):
+    """Where the frames of one file are. `times` is None where frames can only be counted."""
+
+    probe: Probe
+    times: np.ndarray | None  # (frames,) presentation times, ascending
+    keys: np.ndarray  # presentation times of the keyframes, ascending
+    container: str  # FFmpeg's name
+    unit: Fraction  # seconds of one unit of time
+    key_packets: np.ndarray  # the packet of each of `keys`: its number in the order of decoding
+    in_order: bool = False  # taken from the container's table: no frame is shown before one that is decoded earlier
+
+
+class Look(NamedTuple):
+    """What tells that a file is still the same one."""
+
+    changed: int  # nanoseconds
+    size: int
+    inode: int
 
 
 def is_cut_short(path: str | Path) -> bool:

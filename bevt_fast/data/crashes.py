@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch.utils.data
 
-from bevt_fast.data.decode import BadFile
+from bevt_fast.data.faults import BadFile
 from bevt_fast.data.packed import File
 
 FIELDS = 4  # of a note: the worker's pid, and a Reading

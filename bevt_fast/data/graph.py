@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bevt_fast.config import Config
 from bevt_fast.data import pipeline
-from bevt_fast.data.decode import BadFile
+from bevt_fast.data.faults import BadFile, or_bad
 from bevt_fast.data.pipeline import DaliCrops
-from bevt_fast.data.reader import Draw, Slot, StreamReader, or_bad
+from bevt_fast.data.reader import Draw, Slot, StreamReader
 from bevt_fast.data.sampling import Place
 from bevt_fast.data.sources import Source
 

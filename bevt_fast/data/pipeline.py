@@ -1,10 +1,10 @@
 """The same views as `pipeline_reference.py`, with NVIDIA DALI. The only file that imports it.
 
-On a CPU DALI decodes to the bits of `decode.py` and the reference cuts the views, which is faster and makes the choice
-of decoder change no batch (`DaliViews`); on a GPU the graph does all of it (`DaliCrops`). What is random reaches the
-graph as numbers. Its bicubic kernel is another (a = -0.5, OpenCV has -0.75), so what it rescales differs by half a grey
-level on average. A damaged file ends a pipeline: it is built anew and the batch goes through it one by one. What DALI
-refuses is asked of PyAV: damage outside a clip replaces nothing.
+On a CPU DALI decodes and the reference cuts the views (`DaliViews`); on a GPU the graph does all of it (`DaliCrops`).
+Frames, crops and JPEGs are those of `decode.py`; clips have colours of their own, because DALI interpolates colour
+between blocks of 2 x 2 pixels where FFmpeg repeats it, and the graph another bicubic kernel (a = -0.5, OpenCV -0.75).
+A damaged file ends a pipeline: it is built anew and the batch goes through it one by one. What DALI refuses is asked of
+PyAV, whoever reads it: the file alone decides whose pixels a sample has, and damage outside a clip replaces nothing.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_fast.data.decode import BadFile, Probe
+from bevt_fast.data.containers import Probe
+from bevt_fast.data.faults import BadFile, read_bytes
 from bevt_fast.data.packed import Packed
 from bevt_fast.data.pipeline_reference import GREY, clip_pixels, image_pixels
 from bevt_fast.data.sampling import Crop
@@ -56,7 +57,7 @@ def require() -> None:
 
 
 def takes(found: Probe) -> bool:
-    """Whether DALI reads such a file as `decode.py` does: a codec it has without a GPU, and no rotation to apply."""
+    """Whether DALI reads such a file without a GPU: a codec it has there, and no rotation to apply."""
     return found.rotation == 0 and (found.codec in CPU_CODECS or found.codec == "JPEG")
 
 
@@ -111,8 +112,7 @@ class DaliViews:
 
     def inputs(self, job: Job) -> dict[str, np.ndarray]:
         """What `DaliCrops` is to be given to read `job`."""
-        encoded = {name: values[0] for name, values in self._inputs([job]).items()}
-        return encoded | view_inputs(self.kind, job.crop, self.order)
+        return {k: v for k, (v,) in self._inputs([job]).items()} | view_inputs(self.kind, job.crop, self.order)
 
     def _run(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         if self._pipeline is None:
@@ -124,19 +124,16 @@ class DaliViews:
 
     def _inputs(self, jobs: Sequence[Job]) -> dict[str, list[np.ndarray]]:
         # a bytearray: what torch is to share must be writable
-        encoded: list[np.ndarray] = [np.frombuffer(bytearray(job.path.read_bytes()), np.uint8) for job in jobs]
-        inputs = {"encoded": encoded}
-        if self.kind == "clips":
-            inputs["frames"] = [np.array(job.frames, np.int32) for job in jobs]
-        return inputs
+        encoded: list[np.ndarray] = [np.frombuffer(bytearray(read_bytes(job.path)), np.uint8) for job in jobs]
+        frames = [np.array(job.frames, np.int32) for job in jobs if job.frames is not None]
+        return {"encoded": encoded, "frames": frames} if frames else {"encoded": encoded}
 
 
 class DaliCrops:
     """Cuts the crops of one stream in DALI's graph: decoding, rescaling, jitter, crop and flip, all on `device`.
 
     Two pipelines with one graph behind their first node: one decodes, the other is given decoded pictures, so what
-    DALI does not decode is cut like the rest, and a damaged file ends the first pipeline only. On a CPU the same lines
-    run DALI's CPU operators.
+    DALI does not decode is cut like the rest, and a damaged file ends the first pipeline only.
     """
 
     def __init__(self, kind: Kind, size: int, batch: int, device: torch.device, threads: int = 1):

@@ -5,7 +5,6 @@ from a generator keyed by (seed, stream, epoch, index). A bad file is replaced b
 key, and a record of it travels with the batch.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,7 +15,8 @@ from torch.utils.data import Dataset
 from bevt_fast.config import Config, Stream, View, accumulation
 from bevt_fast.data import damage, decode, masking, pace, phases, pipeline, pipeline_reference, sampling
 from bevt_fast.data.crashes import NOTHING, SEVERAL, Crashes, Reading
-from bevt_fast.data.decode import BadFile, Probe
+from bevt_fast.data.decode import Probe
+from bevt_fast.data.faults import BadFile, or_bad, twice
 from bevt_fast.data.pipeline import DaliViews, Job
 from bevt_fast.data.sampling import Crop, Place
 from bevt_fast.data.sources import Source
@@ -198,23 +198,27 @@ class StreamReader(Dataset):
 
     def _outcomes(self, slots: Sequence[Slot]) -> list[Sample | BadFile]:
         """For each slot its sample, or what is wrong with its file."""
-        draws = [or_bad(self.draw, *slot.place, slot.file) for slot in slots]
-        jobs: dict[int, Job] = {}  # what DALI reads, all at once
-        for k, (drawn, slot) in enumerate(zip(draws, slots)):
-            if isinstance(drawn, Draw) and self._dali_takes(slot.file):
-                jobs[k] = self._job(drawn, slot.file)
-        cut = self._by_dali(jobs, slots)
-        outcomes: list[Sample | BadFile] = []
-        for k, (drawn, slot) in enumerate(zip(draws, slots)):
+        outcomes: dict[int, Sample | BadFile] = {}
+        for_dali: dict[int, Draw] = {}
+        for k, slot in enumerate(slots):
+            drawn = or_bad(self.draw, *slot.place, slot.file)
             if isinstance(drawn, BadFile):
-                outcomes.append(drawn)
-                continue
-            pixels = cut.get(k)
-            if pixels is None or isinstance(pixels, BadFile):
-                # DALI decodes from the file's beginning, so damage before the clip ends it: PyAV has the last word
-                pixels = or_bad(self._pixels, drawn, slot.file)
-            outcomes.append(pixels if isinstance(pixels, BadFile) else Sample(pixels, drawn.mask, slot.file))
-        return outcomes
+                outcomes[k] = drawn
+            elif self._dali_takes(slot.file):
+                for_dali[k] = drawn
+            else:  # read before the next is drawn: the file is still open
+                outcomes[k] = self._sample(drawn, slot.file)
+        cut = self._by_dali({k: self._job(drawn, slots[k].file) for k, drawn in for_dali.items()}, slots)
+        for k, drawn in for_dali.items():
+            pixels = cut[k]
+            # DALI decodes from the file's beginning, so damage before the clip ends it: PyAV has the last word
+            outcomes[k] = self._sample(drawn, slots[k].file, None if isinstance(pixels, BadFile) else pixels)
+        return [outcomes[k] for k in range(len(slots))]
+
+    def _sample(self, drawn: Draw, file: int, pixels: np.ndarray | None = None) -> Sample | BadFile:
+        """The sample of a draw; `pixels` are read unless they are given."""
+        found = or_bad(self._pixels, drawn, file) if pixels is None else pixels
+        return found if isinstance(found, BadFile) else Sample(found, drawn.mask, file)
 
     def _by_dali(self, jobs: dict[int, Job], slots: Sequence[Slot]) -> dict[int, np.ndarray | BadFile]:
         """What DALI reads, together unless it has died of one of them."""
@@ -267,11 +271,11 @@ class StreamReader(Dataset):
         """The frames `wanted` of a file; damaged ones are as `data.on_damage` says. Raises BadFile."""
         path, extent = self.source.path(file), self.source.extent(file)
         try:
-            return _twice(lambda: decode.read_frames(path, wanted, extent))
+            return twice(lambda: decode.read_frames(path, wanted, extent))
         except BadFile as error:
             if self.on_damage != "use_previous" or error.kind != "corrupt":
                 raise
-            frames = _twice(lambda: damage.read_good_frames(path, wanted, extent))
+            frames = twice(lambda: damage.read_good_frames(path, wanted, extent))
             self._repaired.append(self.record(error, drawn.epoch, file, file))
             return frames
 
@@ -306,7 +310,7 @@ class StreamReader(Dataset):
         if file in self._bad:
             raise self._bad[file]
         try:
-            return _twice(read)
+            return twice(read)
         except BadFile as error:
             if error.kind not in decode.PASSING_FAULTS:
                 self._bad[file] = error
@@ -316,22 +320,3 @@ class StreamReader(Dataset):
 def _plain(view: View) -> View:
     """The view without augmentation: no flip, no jitter, the smallest scale; the place of the crop is still drawn."""
     return View(size=view.size, short_side=(view.short_side[0], view.short_side[0]), flip=0.0, colour_jitter=0.0)
-
-
-def or_bad(read: Callable[..., Read], *arguments: Any) -> Read | BadFile:
-    """`read(*arguments)`, or the BadFile it raises."""
-    try:
-        return read(*arguments)
-    except BadFile as error:
-        return error
-
-
-def _twice(read: Callable[[], Read]) -> Read:
-    """`read()`, once more after a second where the fault may pass (NEEDS D15)."""
-    try:
-        return read()
-    except BadFile as error:
-        if error.kind not in decode.PASSING_FAULTS:
-            raise
-        time.sleep(1.0)
-        return read()

@@ -37,9 +37,7 @@ VIDEOS = {
 def in_order(path):
     """Every frame as PyAV's plain decoder gives them, one after the other."""
     with av.open(str(path)) as container:
-        return np.stack(
-            [f.to_ndarray(format="rgb24", interpolation=decode.CONVERSION) for f in container.decode(video=0)]
-        )
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
 
 
 @pytest.mark.parametrize("name", VIDEOS)

@@ -125,7 +125,8 @@ def test_d08_a_codec_dali_lacks_goes_through_pyav_with_one_warning(tmp_path: Pat
     assert sorted(sentence.split()[4] for sentence in said) == ["h264", "mpeg4"]  # VP8 and VP9 it has
     assert not records
     expected, _ = making.read(making.given(), source, 6)
-    np.testing.assert_array_equal(found, expected)
+    for batch, other in zip(found, expected):
+        media.assert_same_but_for_chroma(batch, other)
 
 
 def test_d08_training_says_it_once_too(tmp_path: Path, clips_only, here, caplog) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bevt_fast.data import reader
+from bevt_fast.data import faults
 from tests.data import media
 from tests.faults import making
 from tests.training.command import losses, rows
@@ -49,7 +49,7 @@ class Storage:
 def test_d15_one_fault_passes_two_are_quarantined(works: int, folder: Path, clips_only, here, monkeypatch) -> None:
     assert here(clips_only(folder, "good", train__steps=3)).code == 0
     expected = losses(folder.parent / "good")
-    monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
     results = {}
     for fails in (1, 2):
         for path in folder.iterdir():
@@ -65,10 +65,11 @@ def test_d15_one_fault_passes_two_are_quarantined(works: int, folder: Path, clip
 
 
 def test_d15_with_dali_a_fault_is_no_crash_either(folder: Path, monkeypatch) -> None:
-    """DALI is given the bytes of a file: where they cannot be read, PyAV tries."""
+    """DALI is given the bytes of a file, which are read again: a passing fault changes no decoder and so no pixel."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     source = making.clips(folder, *(f"{k}.avi" for k in range(FILES)))
-    expected, _ = making.read(making.given(), source, 4)
+    expected, _ = making.read(making.given(decoder="dali"), source, 4)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
     read, failed = Path.read_bytes, []
 
     def failing_once(path):
@@ -97,7 +98,7 @@ def test_d15_images_are_tried_again_too(tmp_path: Path, monkeypatch) -> None:
         return opening(path, *arguments)
 
     monkeypatch.setattr(Image, "open", failing_once)
-    monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
     found, records = making.read(config, source, 1)
     assert not records and len(opened) == 8  # three headers, three pictures, and twice again
     np.testing.assert_array_equal(found, expected)
