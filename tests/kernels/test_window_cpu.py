@@ -1,6 +1,7 @@
 """Window attention's own way for a CPU: the law of the kernels, whatever strides, gradients and chunks."""
 
 from importlib import import_module
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -82,7 +83,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
     if any(wanted):
         out.backward(made.upstream["output"])
     for place, needed in enumerate(wanted):
-        expected = made.fused.gradients[f"argument {place}"]
+        expected = made.fused.named()[f"argument {place}"]
         assert torch.equal(given[place].grad, expected) if needed else given[place].grad is None
 
 
@@ -91,7 +92,7 @@ def test_one_table_used_twice_gets_both_gradients():
     qkv, table, *rest = changed(made.arguments, torch.clone)
     out = window_attention(qkv, table, *rest) + window_attention(qkv, table, *rest)
     out.backward(made.upstream["output"])
-    assert torch.equal(table.grad, 2 * made.fused.gradients["argument 1"])
+    assert torch.equal(table.grad, 2 * made.fused.named()["argument 1"])
 
 
 def test_an_empty_batch_has_gradients_of_zero():
@@ -113,7 +114,8 @@ def test_a_token_of_another_region_that_outweighs_100_is_still_seen():
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_sample_and_is_not_hidden(wrong):
-    qkv, *rest = answers.arguments_of(MODULE, CASE, torch.float32)
+    arguments: Any = answers.arguments_of(MODULE, CASE, torch.float32)
+    qkv, *rest = arguments
     qkv = torch.cat([qkv.detach(), qkv.detach()])
     spoilt = qkv.clone()
     spoilt[0, 0, 0, 0] = wrong
@@ -123,9 +125,8 @@ def test_what_is_no_number_stays_in_its_sample_and_is_not_hidden(wrong):
 
 
 def test_transforms_and_second_derivatives_are_left_to_the_reference(_no_reference):
-    qkv, table, *rest = (x.double() if isinstance(x, torch.Tensor) else x for x in _made(CASE, torch.float32).arguments)
-    qkv, table = (x.detach().float().requires_grad_() for x in (qkv, table))
-    _no_reference.clear()
+    arguments: Any = answers.arguments_of(MODULE, CASE, torch.float32)
+    qkv, table, *rest = arguments
     tangent = torch.func.jvp(lambda x: window_attention(x, table, *rest), (qkv.detach(),), (qkv.detach(),))[1]
     assert tangent.any() and not _no_reference
 
