@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bevt_fast.config import Model
 from bevt_fast.errors import ConfigError
+from bevt_fast.models.residual import DropPath, Linear, Norm, activated, normalised
 from bevt_kernels import masked_embedding, window_attention
 
 BiasIndex = Literal["true", "official"]
@@ -99,12 +100,12 @@ class WindowAttention(nn.Module):
         self.heads, self.window, self.shifted = heads, window, shifted
         self.bias_index: BiasIndex = bias_index
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
 
-    def forward(self, x: Tensor, image_attention: ImageAttention = "t1") -> Tensor:
-        """(B, t, h, w, C) -> (B, t, h, w, C)."""
+    def forward(self, x: Tensor, image_attention: ImageAttention = "t1", again: tuple[Tensor, ...] = ()) -> Tensor:
+        """(B, t, h, w, C) -> (B, t, h, w, C). `again`: what makes x once more, if it is not to be kept."""
         t, h, w = x.shape[1:4]
         window, shift = _window_and_shift((t, h, w), self.window)
         mask_shift = shift
@@ -116,7 +117,9 @@ class WindowAttention(nn.Module):
             shift = (0, 0, 0)
 
         # padded after the norm: exact zeros enter qkv, and they take part in attention (SPEC X26)
-        qkv = self.qkv(_pad(x, (t, h, w), window)).unflatten(-1, (3, self.heads, -1))
+        qkv = self.qkv(
+            _pad(x, (t, h, w), window), lambda *again: _pad(normalised(*again), (t, h, w), window), *again
+        ).unflatten(-1, (3, self.heads, -1))
         table = self.relative_position_bias_table
         out = window_attention(qkv, table, self.window, shift, mask_shift, self.bias_index)
         return self.projection(out[:, :t, :h, :w].flatten(-2))
@@ -127,26 +130,12 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class DropPath(nn.Module):
-    """Leaves a residual branch out for a random share of the samples, and scales the survivors up to keep the mean."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        survives = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
-        return x * (survives / keep if keep else survives)
+    def forward(self, x: Tensor, again: tuple[Tensor, ...] = ()) -> Tensor:
+        """(..., C) -> (..., C). `again`: what makes x once more, if it is not to be kept."""
+        return activated(self.fc1(x, normalised, *again), self.fc2)
 
 
 class Block(nn.Module):
@@ -154,15 +143,23 @@ class Block(nn.Module):
 
     def __init__(self, width: int, attention: WindowAttention, hidden: int, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = Norm(width)
         self.attention = attention
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = Norm(width)
         self.mlp = MLP(width, hidden)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, image_attention: ImageAttention = "t1") -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x), image_attention))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        def attend(x: Tensor) -> Tensor:
+            y, again = self.norm1(x)
+            return self.attention(y, image_attention, again)
+
+        def mix(x: Tensor) -> Tensor:
+            y, again = self.norm2(x)
+            return self.mlp(y, again)
+
+        window = self.attention.window
+        return self.drop_path(self.drop_path(x, attend, window), mix, window)
 
 
 class PatchMerging(nn.Module):
@@ -170,14 +167,15 @@ class PatchMerging(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = Norm(4 * width)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _pad(x, x.shape[1:4], (1, 2, 2))
         # (row, column) parities in the official order: rows change first
         corners = [x[:, :, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
-        return self.reduction(self.norm(torch.cat(corners, dim=-1)))  # (B, t, h/2, w/2, 2C)
+        y, again = self.norm(torch.cat(corners, dim=-1))
+        return self.reduction(y, normalised, *again)  # (B, t, h/2, w/2, 2C)
 
 
 class Stage(nn.Module):

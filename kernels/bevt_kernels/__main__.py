@@ -19,7 +19,7 @@ from . import check, runtime
 
 COLUMNS = ("kernel", "case", "dtype", "tensor", "error", "torchs_own", "bound", "ok", "note")
 NO_GPU = (
-    "bevt_kernels: no NVIDIA GPU here, so the reference answers every call; set TRITON_INTERPRET=1 to run the kernels "
+    "bevt_kernels: no NVIDIA GPU here, so no kernel answers a call; set TRITON_INTERPRET=1 to run the kernels "
     "on the CPU under implementation('fused')"
 )
 CONTEXT_LOST = 3  # exit code: only a new process can check the cases after this one

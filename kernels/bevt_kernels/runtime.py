@@ -1,4 +1,5 @@
-"""Who answers a call: the fused kernels on an NVIDIA GPU, the reference elsewhere, or whom `implementation` names.
+"""Who answers a call: the fused kernels on an NVIDIA GPU, on a CPU a function's own way for it if it has one, elsewhere
+the reference; or whom `implementation` names.
 
 Every kernel is started through `launch`, so that `compile_check` can see exactly what a GPU would be given: under
 `recording` the host side of a kernel runs on meta tensors, and what it would launch is written down instead.
@@ -94,8 +95,9 @@ def constant(function: Function) -> Function:
 def implementation(name: Implementation) -> Iterator[None]:
     """Choose who answers within the block, in every thread: "reference", "fused", or "auto" (the default).
 
-    "auto" asks the kernels wherever they can run. "fused" does the same, and also runs them on a CPU under Triton's
-    interpreter (TRITON_INTERPRET=1); what they cannot do falls back to the reference with one warning.
+    "auto" asks the kernels wherever they can run, and on a CPU the function's own way for it. "fused" asks the kernels
+    too, on a CPU under Triton's interpreter (TRITON_INTERPRET=1); what they cannot do falls back to the reference with
+    one warning.
     """
     global _implementation
     if name not in ("auto", "reference", "fused"):
@@ -122,6 +124,12 @@ def fused(function: str, device: torch.device, refusal: str | None = None) -> bo
     if _implementation == "fused" or (device.type == "cuda" and missing is None):
         warn_once(f"{function}: {missing or refusal}; the reference answers instead")
     return False
+
+
+def cpu_way(device: torch.device) -> bool:
+    """Whether a function's own way for a CPU answers this call, rather than its reference, once no kernel does."""
+    transformed = not torch.compiler.is_compiling() and _transformed()
+    return _implementation == "auto" and device.type == "cpu" and not transformed
 
 
 def warn_once(text: str) -> None:

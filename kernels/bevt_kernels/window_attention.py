@@ -8,8 +8,8 @@ cost nothing; scores live in registers; the bias reaches them as their starting 
 summed over windows without atomics, so two runs give equal bits.
 
 The kernels: window_tiles.py, window_tiles_backward.py, window_bias_gradient.py (any N), window_single.py (one tile),
-relative_bias.py (table to tiles, gradient to table), over the tables of window_geometry.py. README.md derives the bias
-gradient and lists what was tried.
+relative_bias.py (table to tiles, gradient to table), over the tables of window_geometry.py; window_cpu.py answers on a
+CPU. README.md derives the bias gradient and lists what was tried.
 """
 
 import operator
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runtime, window_single, window_tiles, window_tiles_backward
+from . import runtime, window_cpu, window_single, window_tiles, window_tiles_backward
 from ._window_parts import is_wide, lse_planes, tile_size, token_stride
 from .window_geometry import BiasIndex, Plan, Triple, bias_rows, plan, roll, shift_mask, used_window, windows
 
@@ -198,6 +198,64 @@ def _differentiate(ctx, grad, *_):
 _fused.register_autograd(_differentiate, setup_context=_save)
 
 
+@torch.library.custom_op(f"{runtime.NAMESPACE}::window_attention_cpu", mutates_args=())
+def _in_chunks(
+    qkv: Tensor, bias_table: Tensor, window: list[int], shift: list[int], mask_shift: list[int], bias_index: str
+) -> Tensor:
+    grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
+    with _no_autocast("cpu"):
+        return window_cpu.forward(
+            qkv, bias_table, window_cpu.layer(grid, *_typed(window, shift, mask_shift, bias_index))
+        )
+
+
+@torch.library.custom_op(f"{runtime.NAMESPACE}::window_attention_cpu_backward", mutates_args=())
+def _in_chunks_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    window: list[int],
+    shift: list[int],
+    mask_shift: list[int],
+    bias_index: str,
+    table_too: bool,
+) -> tuple[Tensor, Tensor]:
+    grid = (qkv.shape[1], qkv.shape[2], qkv.shape[3])
+    layer = window_cpu.layer(grid, *_typed(window, shift, mask_shift, bias_index))
+    with _no_autocast("cpu"):
+        return window_cpu.backward(grad, qkv, bias_table, layer, table_too)
+
+
+@_in_chunks.register_fake
+def _(qkv, *_):
+    return qkv.new_empty(*qkv.shape[:4], *qkv.shape[5:])
+
+
+@_in_chunks_backward.register_fake
+def _(grad, qkv, bias_table, window, shift, mask_shift, bias_index, table_too):
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape if table_too else 0)
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.geometry = inputs[2:]
+
+
+def _differentiate_in_chunks(ctx, grad):
+    qkv, table = ctx.saved_tensors
+    table_too = ctx.needs_input_grad[1]
+    if torch.is_grad_enabled() and not runtime.simulated():  # the gradient is to be differentiated again
+        wanted = [x for x, needed in zip((qkv, table), ctx.needs_input_grad) if needed]
+        out = reference(qkv, table, *_typed(*ctx.geometry))
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
+    dqkv, dtable = _in_chunks_backward(grad, qkv, table, *ctx.geometry, table_too)
+    return dqkv, dtable if table_too else None, None, None, None, None
+
+
+_in_chunks.register_autograd(_differentiate_in_chunks, setup_context=_save_inputs)
+
+
 def _typed(window, shift, mask_shift, bias_index) -> tuple[Triple, Triple, Triple, BiasIndex]:
     """What went through the dispatcher as lists."""
     return tuple(window), tuple(shift), tuple(mask_shift), bias_index  # pyright: ignore[reportReturnType]
@@ -237,6 +295,8 @@ def window_attention(
     _check(qkv, bias_table, window, shift, mask_shift, bias_index)
     if runtime.fused("window_attention", qkv.device, _refusal(qkv, bias_table, window)):
         return _fused(qkv, bias_table, list(window), list(shift), list(mask_shift), bias_index)[0]
+    if runtime.cpu_way(qkv.device) and qkv.dtype in window_cpu.DTYPES and bias_table.dtype in window_cpu.DTYPES:
+        return _in_chunks(qkv, bias_table, list(window), list(shift), list(mask_shift), bias_index)
     return reference(qkv, bias_table, window, shift, mask_shift, bias_index)
 
 

@@ -132,12 +132,9 @@ def plan(
         slots = runtime.cdiv(count, tile) * tile
         index = torch.arange(prod(grid)).view(1, *grid, 1)
         token = windows(roll(index, shift, -1), used).reshape(-1, count)  # (nW, N)
-        # few windows differ, and comparing all pairs of tokens is only for those few
-        labels, labelled = torch.unique(regions(grid, used, mask_shift, cpu), dim=0, return_inverse=True)
-        patterns, kind = torch.unique(_canonical(labels), dim=0, return_inverse=True)
-        kind = kind[labelled]
-        kinds = len(patterns)
-        order = patterns.argsort(dim=1, stable=True) if sort else torch.arange(count).expand(kinds, -1)
+        patterns, kind = kinds(grid, used, mask_shift)
+        number = len(patterns)
+        order = patterns.argsort(dim=1, stable=True) if sort else torch.arange(count).expand(number, -1)
         token = token.gather(1, order[kind])
         token = torch.cat([token, token[:, :1].expand(-1, slots - count)], dim=1)
         label = patterns.gather(1, order)  # (kinds, N), by slot
@@ -146,7 +143,7 @@ def plan(
         rows = bias_rows(window, used, bias_index, cpu)
         slot_rows = rows[order[:, :, None], order[:, None, :]]  # (kinds, N, N)
         foreign = label[:, :, None] != label[:, None, :]
-        full = torch.zeros(kinds, slots, slots, dtype=torch.int32)
+        full = torch.zeros(number, slots, slots, dtype=torch.int32)
         full[:, :count, :count] = slot_rows + foreign * FOREIGN
         full[:, :, count:] = PADDING
         queries = _strips(full, tile, wide)
@@ -166,11 +163,19 @@ def plan(
         start = torch.cat([torch.zeros(1, dtype=torch.long), entries.cumsum(0)])
 
         listed = kind.argsort(stable=True)
-        first = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(kind, minlength=kinds).cumsum(0)])
+        first = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(kind, minlength=number).cumsum(0)])
         tables = (token, kind + several[kind] * MASKED_KIND, _spans(label, tile))
         tables = (*tables, queries, keys, row, place.flatten()[by_row], start, listed)
         placed = [table.to(torch.int32).contiguous().to(device) for table in tables]
-    return Plan._make((count, slots, tile, kinds, bool(several.any()), *placed, tuple(first.tolist())))
+    return Plan._make((count, slots, tile, number, bool(several.any()), *placed, tuple(first.tolist())))
+
+
+def kinds(grid: Triple, used: Triple, mask_shift: Triple) -> tuple[Tensor, Tensor]:
+    """The regions of every kind of window, numbered as they appear, (kinds, N), and each window's kind, (nW,)."""
+    # few windows differ, and comparing all pairs of tokens is only for those few
+    labels, labelled = torch.unique(regions(grid, used, mask_shift, torch.device("cpu")), dim=0, return_inverse=True)
+    patterns, kind = torch.unique(_canonical(labels), dim=0, return_inverse=True)
+    return patterns, kind[labelled]
 
 
 def _canonical(label: Tensor) -> Tensor:

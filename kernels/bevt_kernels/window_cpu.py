@@ -1,0 +1,153 @@
+"""Window attention on a CPU: a few windows at a time, so that their scores stay in its caches.
+
+The reference writes (B*nW, nH, N, N) scores several times and keeps them for the backward pass. Here a chunk of windows
+is gathered, its scores are made, used and forgotten, and the backward pass makes them again; only qkv and the table are
+kept. Chunks follow each other in a fixed order, so two runs with as many threads give equal bits. It computes in
+float32, whatever the inputs are.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .window_geometry import SEPARATED, BiasIndex, Triple, bias_rows, kinds, roll, used_window, windows
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHUNK = 1 << 19  # scores: 2 MiB
+# weights below exp(-64) of the largest become 0: 4,096 of them lack 2**-80 of a row's sum. Left alone, the exp(-100) of
+# two tokens that the shift brought together is too small for a normal float32, and products with such take a CPU many
+# times as long
+NEGLIGIBLE = -64.0
+
+
+class Layer(NamedTuple):
+    """One layer's geometry."""
+
+    tokens: int  # of a sample, S
+    places: tuple[Tensor, ...]  # by kind: (windows, N) int64, the tokens of its windows in the sample
+    foreign: tuple[Tensor | None, ...]  # by kind: (N, N), -100 where two tokens are of different regions; None: nowhere
+    rows: Tensor  # (N, N) int64, into the bias table
+
+
+class Chunk(NamedTuple):
+    """Some windows of one kind, of any samples."""
+
+    tokens: Tensor  # (n * N,) int64, into the tokens of all samples
+    windows: int  # n
+    foreign: Tensor | None
+
+
+@lru_cache(maxsize=64)
+def layer(grid: Triple, window: Triple, shift: Triple, mask_shift: Triple, bias_index: BiasIndex) -> Layer:
+    """The geometry of a layer, computed once."""
+    used, cpu = used_window(grid, window), torch.device("cpu")
+    with torch.inference_mode(False), cpu:
+        token = windows(roll(torch.arange(prod(grid)).view(1, *grid, 1), shift, -1), used).reshape(-1, prod(used))
+        patterns, kind = kinds(grid, used, mask_shift)
+        foreign = [
+            torch.where(label[:, None] != label[None, :], SEPARATED, 0.0) if bool(label.any()) else None
+            for label in patterns
+        ]
+        places = [token[kind == number] for number in range(len(patterns))]
+    return Layer(prod(grid), tuple(places), tuple(foreign), bias_rows(window, used, bias_index, cpu))
+
+
+def forward(qkv: Tensor, table: Tensor, layer: Layer) -> Tensor:
+    """(B, t, h, w, 3, nH, d) -> (B, t, h, w, nH, d)."""
+    heads, width = qkv.shape[5:]
+    flat, bias = qkv.reshape(-1, 3, heads, width), _bias(table, layer)
+    out = qkv.new_empty(len(flat), 1, heads, width)
+    for chunk in _chunks(layer, len(qkv)):
+        made = _gather(flat, chunk)
+        for part in _parts(chunk, heads):
+            q, k, v = _matrices(made, part)
+            # the queries are not read again, so the result may stand in their place
+            q.copy_(torch.bmm(_weights(q, k, bias[part[0]], chunk), v))
+        _scatter(made[:, :, :1], out, chunk)
+    return out.view(*qkv.shape[:4], heads, width)
+
+
+def backward(grad: Tensor, qkv: Tensor, table: Tensor, layer: Layer, table_too: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and of the table (empty where it is not wanted)."""
+    heads, width = qkv.shape[5:]
+    flat, bias = qkv.reshape(-1, 3, heads, width), _bias(table, layer)
+    upstream, dqkv, scale = grad.reshape(-1, 1, heads, width), torch.empty_like(flat), width**-0.5
+    dbias = torch.zeros_like(bias) if table_too else None
+    for chunk in _chunks(layer, len(qkv)):
+        made, given = _gather(flat, chunk), _gather(upstream, chunk)
+        for part in _parts(chunk, heads):
+            (q, k, v), (do,) = _matrices(made, part), _matrices(given, part)
+            p = _weights(q, k, bias[part[0]], chunk)
+            ds = torch._softmax_backward_data(torch.bmm(do, v.mT), p, -1, torch.float32)
+            if dbias is not None:
+                dbias[part[0]] += ds if chunk.windows == 1 else ds.sum(dim=0, keepdim=True)
+            # each gradient stands where its operand stood, once that is not read again
+            v.copy_(torch.bmm(p.mT, do))
+            dq = torch.bmm(ds, k)
+            torch.mul(torch.bmm(ds.mT, q), scale, out=k)
+            torch.mul(dq, scale, out=q)
+        _scatter(made, dqkv, chunk)
+    return dqkv.view(qkv.shape), table.new_empty(0) if dbias is None else _table_gradient(dbias, table, layer)
+
+
+def _bias(table: Tensor, layer: Layer) -> Tensor:
+    """(nH, N, N) float32."""
+    return table.T.float().contiguous().index_select(1, layer.rows.flatten()).view(-1, *layer.rows.shape)
+
+
+def _table_gradient(dbias: Tensor, table: Tensor, layer: Layer) -> Tensor:
+    """(nH, N, N) -> that of the table: every row of it sums the pairs that read it, in their order."""
+    rows = layer.rows.flatten()
+    sums = [torch.zeros(len(table), device="cpu").index_add_(0, rows, head.flatten()) for head in dbias]
+    return torch.stack(sums, dim=1).to(table.dtype)
+
+
+def _chunks(layer: Layer, batch: int) -> Iterator[Chunk]:
+    """All windows of all samples, kind after kind, as many at a time as `CHUNK` has room for scores of one head."""
+    if not batch:
+        return
+    for places, foreign in zip(layer.places, layer.foreign):
+        starts = torch.arange(batch, device="cpu") * layer.tokens
+        tokens = (starts[:, None, None] + places).flatten(0, 1)  # (B * windows, N)
+        for some in tokens.split(max(1, CHUNK // places.shape[1] ** 2)):
+            yield Chunk(some.flatten(), len(some), foreign)
+
+
+def _parts(chunk: Chunk, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Which heads and windows of a chunk are one batch of products: several heads of one window, or one of several."""
+    tokens = len(chunk.tokens) // chunk.windows
+    step = 1 if chunk.windows > 1 else max(1, CHUNK // tokens**2)
+    for first in range(0, heads, step):
+        yield slice(first, first + step), slice(0, chunk.windows)
+
+
+def _gather(flat: Tensor, chunk: Chunk) -> Tensor:
+    """(tokens, parts, nH, d) -> (n, N, parts, nH, d) float32 of the chunk's tokens."""
+    return flat.index_select(0, chunk.tokens).float().view(chunk.windows, -1, *flat.shape[1:])
+
+
+def _scatter(made: Tensor, flat: Tensor, chunk: Chunk) -> None:
+    """The reverse of `_gather`, into `flat`."""
+    flat.index_copy_(0, chunk.tokens, made.flatten(0, 1).to(flat.dtype))
+
+
+def _matrices(made: Tensor, part: tuple[slice, slice]) -> list[Tensor]:
+    """(n, N, parts, nH, d) -> the parts of some heads and windows, each (heads or windows, N, d): views."""
+    heads, which = part
+    return [one[heads, which].flatten(0, 1) for one in made.permute(2, 3, 0, 1, 4)]
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, chunk: Chunk) -> Tensor:
+    """softmax(q kT d**-0.5 + bias): (heads or windows, N, N)."""
+    scores = torch.empty(len(q), *bias.shape[1:], device="cpu").copy_(bias)
+    if chunk.foreign is not None:
+        scores += chunk.foreign
+    scores.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5)
+    if chunk.foreign is not None:
+        scores -= scores.amax(dim=-1, keepdim=True)
+        torch.threshold_(scores, NEGLIGIBLE, -torch.inf)  # leaves NaN alone
+    return torch.softmax(scores, dim=-1)
