@@ -12,7 +12,7 @@ same function of a stream with everything hidden. How fast a GPU works (MFU) is 
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from bevt_fast.data.sources import Frames
 from bevt_fast.models.video_swin import VideoSwinConfig
 
 Triple = tuple[int, int, int]
+Answer = Literal["fused", "chunks", "reference"]  # kernels; a CPU's attention, a few windows at a time; plain PyTorch
 CELL = 16  # pixels, of the mask and target grid
 TOKEN_CELL = 8  # the same cell in the tokenizer's half-size view
 DALLE_WIDTH = 256  # n of SPEC 3.1
@@ -185,10 +186,10 @@ def state_bytes(count: int, precision: str, zero_stage: int, world_size: int) ->
 
 
 def activation_bytes(
-    shape: VideoSwinConfig, stream: StreamShape, vocab_size: int, precision: str, checkpointing: bool, fused: bool
+    shape: VideoSwinConfig, stream: StreamShape, vocab_size: int, precision: str, checkpointing: bool, answer: Answer
 ) -> float:
-    """Estimate, good to a tenth, of what one clip or image keeps for the backward pass, with the fused kernels or with
-    the plain PyTorch references.
+    """Estimate, good to a tenth, of what one clip or image keeps for the backward pass; `answer` says who attends and
+    scores.
 
     With checkpointing: the inputs of all blocks, and one block that is being recomputed.
     """
@@ -198,20 +199,22 @@ def activation_bytes(
     kept, largest = size * (3 * stream.frames * stream.side**2 + math.prod(sizes[0]) * shape.embed_dim), 0.0
     for index, (grid, width, heads, depth) in enumerate(zip(sizes, shape.widths, shape.heads, shape.depths)):
         tokens, (padded, window) = math.prod(grid), windows(shape, grid)
-        # inputs of both norms and linears, q k v together, both sides of the GELU
-        block = size * (tokens * width * (4 + 2 * shape.mlp_ratio) + padded * width * 4)
-        if fused:  # the logarithm of each softmax's sum
+        # inputs of both branches and of the GELU, q k v together, what attention gives
+        block = size * (tokens * width * (2 + shape.mlp_ratio) + padded * width * 4)
+        if answer == "fused":  # the logarithm of each softmax's sum
             block += padded * heads * 4 * math.ceil(window / TILE[precision]) * TILE[precision] / window
-        else:  # float32 logits: scaled q (and k, where it is a copy), the softmax, and its copy in low precision
+        elif (
+            answer == "reference"
+        ):  # float32 logits: scaled q (and k, where it is a copy), the softmax, and its copy in low precision
             block += padded * (width * (4 if size == 4 else 8) + heads * window * (4 if size == 4 else 4 + size))
         kept += depth * (tokens * width * size if checkpointing else block)
         largest = max(largest, block)
-        kept += 2 * size * 4 * width * math.prod(sizes[index + 1]) if index < 3 else 0
+        kept += size * 4 * width * math.prod(sizes[index + 1]) if index < 3 else 0
     fuse, double_time = 1.5 * math.prod(sizes[2]), math.prod(sizes[2]) if stream.name == "clips" else 0
     kept += size * last * (math.prod(sizes[3]) + stream.hidden * (fuse + double_time))
     # the final norm's input; the head's, and its log-softmax, or in one the gradient that is already known
     positions = stream.hidden * stream.cells
-    kept += positions * (2 * size * last + (0 if fused else 4 * vocab_size))
+    kept += positions * (2 * size * last + (0 if answer == "fused" else 4 * vocab_size))
     return kept + (largest if checkpointing else 0)
 
 

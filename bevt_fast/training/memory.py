@@ -14,7 +14,7 @@ import torch
 from bevt_fast.config import Config, deepspeed_section
 from bevt_fast.models.video_swin import VideoSwinConfig
 from bevt_fast.training import estimate, gpus
-from bevt_fast.training.estimate import BYTES, StreamShape
+from bevt_fast.training.estimate import BYTES, Answer, StreamShape
 
 USABLE = 0.9
 # DeepSpeed 0.19, runtime/zero/config.py: numbers in the buffer that gradients are gathered in
@@ -32,6 +32,13 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, gpu: gpus.Gpu) -> "Place":
         return cls(gpu.name, gpu.memory, True, gpu.has_kernels)
+
+    @property
+    def answer(self) -> Answer:
+        """Who attends and scores here."""
+        if self.has_kernels:
+            return "fused"
+        return "reference" if self.is_gpu else "chunks"
 
 
 class Setting(NamedTuple):
@@ -87,22 +94,22 @@ def _buffers(config: Config, count: int, is_gpu: bool, stage: int) -> float:
     return BYTES[config.train.precision] * (numbers if is_gpu else min(numbers, count)) * (2 if doubled else 1)
 
 
-def activations(config: Config, streams: Sequence[StreamShape], fused: bool) -> float:
+def activations(config: Config, streams: Sequence[StreamShape], answer: Answer) -> float:
     """Bytes that a micro-batch of one process keeps for its backward pass."""
     shape, vocab_size = VideoSwinConfig.of(config.model), estimate.codebook_size(config)
     precision, checkpointing = config.train.precision, config.model.activation_checkpointing
     kept = sum(
         config.streams[stream.name].micro_batch
-        * estimate.activation_bytes(shape, stream, vocab_size, precision, checkpointing, fused)
+        * estimate.activation_bytes(shape, stream, vocab_size, precision, checkpointing, answer)
         for stream in streams
     )
-    return kept + (len(streams) * estimate.head_gradient_bytes(shape, vocab_size) if fused else 0)
+    return kept + (len(streams) * estimate.head_gradient_bytes(shape, vocab_size) if answer == "fused" else 0)
 
 
 def needed(config: Config, streams: Sequence[StreamShape], world_size: int, place: Place) -> float:
     """Bytes of one process in training."""
     held = sum(state(config, world_size, place.is_gpu).values())
-    return held + activations(config, streams, place.has_kernels)
+    return held + activations(config, streams, place.answer)
 
 
 def with_micro_batches(config: Config, sizes: dict[str, int]) -> Config:

@@ -49,13 +49,13 @@ def memory_lines(config: Config, streams: Sequence[StreamShape], world_size: int
     place, stage = Place.of(gpu), memory.zero_stage(config)
     rows = memory.state(config, world_size)
     checkpointed = " (checkpointed)" * config.model.activation_checkpointing
-    rows[f"activations of a micro-batch{checkpointed}"] = memory.activations(config, streams, place.has_kernels)
+    rows[f"activations of a micro-batch{checkpointed}"] = memory.activations(config, streams, place.answer)
     rows["sum"] = sum(rows.values())
     processes = f"{world_size} process{'es' * (world_size > 1)}"
     lines = [f"memory of a process: {config.train.precision}, ZeRO {stage}, {processes}; an estimate"]
     lines += [f"  {name:<46}{size / 2**20:>12,.1f} MiB" for name, size in rows.items()]
     lines += [f"  {f'of {gpu.name}':<46}{gpu.memory / 2**20:>12,.1f} MiB  {rows['sum'] / gpu.memory:.1%} used"]
-    plain = memory.activations(config, streams, fused=False)
+    plain = memory.activations(config, streams, "reference")
     without = f"where there are none, activations are {plain / 2**20:,.1f} MiB"
     lines += [
         f"  (with the fused kernels; {without})" if place.has_kernels else f"  ({gpu.name} is too old for kernels)"

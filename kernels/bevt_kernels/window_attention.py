@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import runtime, window_cpu, window_single, window_tiles, window_tiles_backward
 from ._window_parts import is_wide, lse_planes, tile_size, token_stride
@@ -254,6 +255,32 @@ def _differentiate_in_chunks(ctx, grad):
 
 
 _in_chunks.register_autograd(_differentiate_in_chunks, setup_context=_save_inputs)
+
+
+def _packet(operator: Any) -> Any:
+    return operator._opoverload.overloadpacket
+
+
+def _flops(qkv, window) -> int:
+    """Of scores and weighted sums, as torch's FlopCounterMode counts the reference's."""
+    batch, *grid, _, heads, width = qkv
+    return 2 * 2 * batch * heads * width * prod(grid) * prod(min(pair) for pair in zip(grid, window))
+
+
+@register_flop_formula([_packet(_fused), _packet(_in_chunks)])
+def _(qkv, table, window, *_, **__):
+    return _flops(qkv, window)
+
+
+# scores that are made again are no further FLOPs
+@register_flop_formula(_packet(_fused_backward))
+def _(grad, qkv, table, out, lse, seen, rest, window, *_, **__):
+    return 2 * _flops(qkv, window)
+
+
+@register_flop_formula(_packet(_in_chunks_backward))
+def _(grad, qkv, table, window, *_, **__):
+    return 2 * _flops(qkv, window)
 
 
 def _typed(window, shift, mask_shift, bias_index) -> tuple[Triple, Triple, Triple, BiasIndex]:
