@@ -1,0 +1,228 @@
+"""The whole joint pretraining step: ours beside the official one, and what each optimisation is worth.
+
+    python bench/throughput.py --out DIR [--config FILE] [--device cpu|cuda] [--size tiny|small|base|large] [--quick]
+
+Frozen tokenizer, both streams, losses, backward, clipping, AdamW; contenders take turns in one process, from the same
+weights, on the same batches, with the same samples dropped. They first take the same steps: where their losses do not
+agree, no speed is printed. The last line is the headline.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: look from the repository root and kernels/, not from bench/
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(root), str(root / "kernels")]
+
+import torch
+
+from bench import throughput_gate as gate
+from bench import throughput_memory as memory
+from bench import throughput_report as report
+from bench.measure import Race, Trial, machine, race
+from bench.throughput_contenders import (
+    COMPILED,
+    KINDER,
+    NAMES,
+    OFFICIAL,
+    OURS,
+    CannotRun,
+    Contender,
+    State,
+    build,
+    first_weights,
+)
+from bench.throughput_work import Work, prepare
+from bevt_fast.data.batch import JointBatch, Losses
+from bevt_fast.errors import ConfigError, MachineError, UserError
+
+ROUNDS = {"cpu": 5, "cuda": 30}
+QUICK_ROUNDS = 2
+MAIN = (OFFICIAL, KINDER, COMPILED, OURS)  # whose memory is measured by default
+LEAST_STEPS = 2  # one shows the forward pass only
+
+
+class Bench:
+    """One run of the benchmark."""
+
+    def __init__(self, options: argparse.Namespace, work: Work, arguments: Sequence[str]) -> None:
+        self.options, self.work, self.arguments = options, work, arguments
+        self.machine = machine(work.device)
+        self.contenders: dict[str, Contender] = {}
+        self.results = {name: report.Result(name) for name in NAMES}
+        self.gate = gate.Gate(work, options.steps)
+        self.extra: dict[str, Any] = {}
+
+    def run(self) -> int:
+        """Gate, race, parts, memory; returns the exit code."""
+        self.build()
+        self.agree()
+        if self.gate.differs:
+            return 1
+        raced = self.race()
+        late = self.gate.check_rounds(self.losses)
+        if late:
+            print(f"the timed steps differ: {late}; no speed is printed")
+            return 1
+        for name, result in self.results.items():
+            result.samples = raced.samples.get(name, [])
+            result.reason = result.reason or raced.failures.get(name, "")
+        self.write()
+        self.measure_memory()
+        self.measure_parts()
+        print(self.write(end=True))
+        return 0
+
+    def build(self) -> None:
+        """Every contender, or the reason why it cannot run."""
+        self.first = first_weights(self.work)
+        state = State(self.work, first=self.first)
+        for name in NAMES:
+            try:
+                if name == COMPILED and not self.options.compile:
+                    raise CannotRun("left out by --no-compile")
+                memory.fits(self.work, name)
+                self.contenders[name] = build(name, self.work, state, self.options.engine, self.first)
+            except CannotRun as problem:
+                self.results[name].reason = str(problem)
+        if OURS not in self.contenders:
+            raise MachineError(memory.sentence(self.work, self.results[OURS].reason))
+
+    def agree(self) -> None:
+        """The same steps by everybody."""
+        for name in list(self.contenders):
+            start = time.perf_counter()
+            try:
+                self.gate.take(self.contenders[name])
+            except Exception as problem:
+                if name == OURS and memory.is_out_of_memory(problem):
+                    raise MachineError(memory.sentence(self.work, gate.one_line(problem))) from problem
+                if name in (OFFICIAL, OURS) and not memory.is_out_of_memory(problem):
+                    raise
+                self.results[name].reason = gate.one_line(problem)
+                del self.contenders[name]
+                continue
+            self.results[name].note = self.contenders[name].note
+            self.results[name].gate_s = time.perf_counter() - start
+            print(f"{name}: {self.options.steps} steps in {self.results[name].gate_s:.1f} s", flush=True)
+        if len(self.contenders) < 2:
+            raise MachineError(memory.sentence(self.work, "nothing that ours could be compared with fits"))
+        self.gate.judge()
+        print(self.gate.text(), flush=True)
+
+    def race(self) -> Race:
+        """Every contender once a round, each from the first weights."""
+        self.losses: dict[str, list[Losses]] = {name: [] for name in self.contenders}
+        trials = {name: self.trial(contender) for name, contender in self.contenders.items()}
+        rounds = self.options.rounds or (QUICK_ROUNDS if self.options.quick else ROUNDS[self.work.device.type])
+        return race(trials, self.work.device, rounds, self.options.budget, warm_up=0, flush=False, hold=False, seed=0)
+
+    def trial(self, contender: Contender) -> Trial:
+        taken = self.losses[contender.name]
+
+        def ready() -> JointBatch:
+            number = len(taken)
+            contender.restore(False)
+            torch.manual_seed(number)
+            return contender.ready(self.work.batches[number % len(self.work.batches)])
+
+        def step(batch: JointBatch) -> None:
+            taken.append(contender.step(batch))
+
+        return Trial(step, ready)
+
+    def measure_memory(self) -> None:
+        """A fresh process for each, one after another."""
+        which = {"none": (), "main": MAIN, "all": NAMES}[self.options.memory]
+        command = [sys.executable, __file__, *self.arguments]
+        for name in which:
+            if name in self.contenders:
+                found = memory.ask([*command, "--only", name])
+                self.results[name].peak_mib = found.get("peak_mib")
+                self.results[name].before_mib = found.get("before_mib")
+                if "reason" in found:
+                    self.extra.setdefault("lines", []).append(
+                        f"\nThe memory of {name} was not measured: {found['reason']}."
+                    )
+
+    def measure_parts(self) -> None:
+        """One more step each, untimed for speed, with marks on its parts."""
+
+    def write(self, end: bool = False) -> str:
+        """The files so far; returns the headline."""
+        out = Path(self.options.out)
+        return report.write(out, self.machine, self.work, self.results, self.gate, self.extra)
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    cuda = torch.cuda.is_available()
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--size", choices=("tiny", "small", "base", "large"), default="base")
+    parser.add_argument("--config", metavar="FILE", help="time what this configuration trains, on synthetic data")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config")
+    parser.add_argument("--units", type=positive, metavar="N", help="1 clip and 8 images each; default 1, on a GPU 8")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--tokenizer", metavar="FILE", help="its weights; default: random ones of the real width")
+    parser.add_argument("--steps", type=positive, default=LEAST_STEPS, help="that must agree before anything is timed")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="timed steps; default 30 on a GPU, 5 on a CPU")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="after which no further round starts")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of torch on a CPU")
+    parser.add_argument("--engine", choices=("deepspeed", "plain"), default="deepspeed" if has_deepspeed else "plain")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--memory", choices=("main", "all", "none"), default="main", help="whose peak is measured")
+    parser.add_argument("--profile", action="store_true", help="write a chrome trace and the top kernels of ours")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a rehearsal, no figure")
+    parser.add_argument("--only", choices=NAMES, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.steps < LEAST_STEPS:
+        parser.error(f"--steps {chosen.steps}: at least {LEAST_STEPS}, since one step never sees an update")
+    return chosen
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = options(arguments)
+    try:
+        return start(chosen, sys.argv[1:] if arguments is None else arguments)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        return problem.exit_code
+
+
+def start(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("--device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    work = prepare(chosen)
+    if chosen.only:
+        print(json.dumps(memory.peak(chosen.only, work, chosen.engine)))
+        return 0
+    try:
+        Path(chosen.out).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"--out {chosen.out} is no folder one can write to: {problem.strerror}") from None
+    bench = Bench(chosen, work, arguments)
+    print("\n".join([bench.machine.line(), report.task(work), *work.notes]), flush=True)
+    return bench.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
