@@ -25,8 +25,10 @@ import torch
 
 from bench import throughput_gate as gate
 from bench import throughput_memory as memory
+from bench import throughput_parts as parts
+from bench import throughput_plot
 from bench import throughput_report as report
-from bench.measure import Race, Trial, machine, race
+from bench.measure import Race, Trial, machine, quantiles, race
 from bench.throughput_contenders import (
     COMPILED,
     KINDER,
@@ -44,7 +46,7 @@ from bevt_fast.data.batch import JointBatch, Losses
 from bevt_fast.errors import ConfigError, MachineError, UserError
 
 ROUNDS = {"cpu": 5, "cuda": 30}
-QUICK_ROUNDS = 2
+QUICK_ROUNDS, IMAGE_ROUNDS = 2, 10
 MAIN = (OFFICIAL, KINDER, COMPILED, OURS)  # whose memory is measured by default
 LEAST_STEPS = 2  # one shows the forward pass only
 
@@ -74,11 +76,19 @@ class Bench:
         for name, result in self.results.items():
             result.samples = raced.samples.get(name, [])
             result.reason = result.reason or raced.failures.get(name, "")
+        self.extra["matmul"] = parts.matmul_rate(self.work.device, self.work.config.train.precision)
         self.write()
-        self.measure_memory()
         self.measure_parts()
-        print(self.write(end=True))
+        self.measure_recipe()
+        self.measure_memory()
+        headline = self.write()
+        problem = throughput_plot.ladder(*(Path(self.options.out) / f"throughput.{kind}" for kind in ("csv", "png")))
+        print("\n".join([*self.cannot(), *([problem] if problem else []), headline]))
         return 0
+
+    def cannot(self) -> list[str]:
+        """Who did not run, and why."""
+        return [f"{name} cannot run: {r.reason}" for name, r in self.results.items() if not r.samples]
 
     def build(self) -> None:
         """Every contender, or the reason why it cannot run."""
@@ -88,6 +98,8 @@ class Bench:
             try:
                 if name == COMPILED and not self.options.compile:
                     raise CannotRun("left out by --no-compile")
+                if name not in MAIN and self.options.contenders == "main":
+                    raise CannotRun("left out by --contenders main")
                 memory.fits(self.work, name)
                 self.contenders[name] = build(name, self.work, state, self.options.engine, self.first)
             except CannotRun as problem:
@@ -125,7 +137,7 @@ class Bench:
         return race(trials, self.work.device, rounds, self.options.budget, warm_up=0, flush=False, hold=False, seed=0)
 
     def trial(self, contender: Contender) -> Trial:
-        taken = self.losses[contender.name]
+        taken, busy = self.losses[contender.name], self.results[contender.name].busy
 
         def ready() -> JointBatch:
             number = len(taken)
@@ -134,16 +146,17 @@ class Bench:
             return contender.ready(self.work.batches[number % len(self.work.batches)])
 
         def step(batch: JointBatch) -> None:
+            before = time.process_time()
             taken.append(contender.step(batch))
+            busy.append((time.process_time() - before) * 1e3)
 
         return Trial(step, ready)
 
     def measure_memory(self) -> None:
         """A fresh process for each, one after another."""
-        which = {"none": (), "main": MAIN, "all": NAMES}[self.options.memory]
         command = [sys.executable, __file__, *self.arguments]
-        for name in which:
-            if name in self.contenders:
+        for name in self.contenders:
+            if self.has_detail(name):
                 found = memory.ask([*command, "--only", name])
                 self.results[name].peak_mib = found.get("peak_mib")
                 self.results[name].before_mib = found.get("before_mib")
@@ -153,9 +166,53 @@ class Bench:
                     )
 
     def measure_parts(self) -> None:
-        """One more step each, untimed for speed, with marks on its parts."""
+        """One more step each, with marks on its parts; on a GPU another one that shows how long it waits."""
+        cuda = self.work.device.type == "cuda"
+        for name, contender in self.contenders.items():
+            result, batch = self.results[name], self.work.batches[0]
+            if not self.has_detail(name):
+                continue
+            try:
+                result.parts = parts.shares(contender, batch, self.work.device)
+                wanted = name == OURS and self.options.profile
+                if cuda or wanted:
+                    file = Path(self.options.out) / "throughput_trace.json" if wanted else None
+                    seen = parts.trace(contender, batch, self.work.device, file)
+                    if seen.busy_ms is not None:
+                        result.waiting = max(0.0, 1 - seen.busy_ms / quantiles(result.samples).median)
+                    if wanted:
+                        (Path(self.options.out) / "throughput_kernels.txt").write_text(seen.table)
+            except Exception as problem:
+                self.say(f"The parts of {name} were not measured: {gate.one_line(problem)}.")
 
-    def write(self, end: bool = False) -> str:
+    def has_detail(self, name: str) -> bool:
+        """Whether more than the speed of this contender is asked for."""
+        asked = {"none": (), "main": MAIN, "all": NAMES}[self.options.detail]
+        return name in asked and bool(self.results[name].samples)
+
+    def measure_recipe(self) -> None:
+        """On a GPU: the images alone, as stage one trains them, and the days that both stages take."""
+        work, mine = self.work, self.contenders[OURS]
+        both = work.config.images and work.config.clips
+        if work.device.type != "cuda" or not both or self.options.quick or not self.results[OURS].samples:
+            return
+
+        def ready() -> JointBatch:
+            mine.restore(False)
+            return mine.ready(work.batches[0]._replace(clips=None))
+
+        alone = race({OURS: Trial(mine.step, ready)}, work.device, IMAGE_ROUNDS, warm_up=1, flush=False, hold=False)
+        if alone.failures:
+            self.say(f"The days of the recipe are not known: images alone, {alone.failures[OURS]}.")
+            return
+        time = quantiles(alone.samples[OURS]).median
+        self.say(report.recipe(work, self.results[OURS], work.count("images") / time * 1e3, self.machine.hardware))
+
+    def say(self, sentence: str) -> None:
+        """For the report."""
+        self.extra.setdefault("lines", []).extend(["", sentence])
+
+    def write(self) -> str:
         """The files so far; returns the headline."""
         out = Path(self.options.out)
         return report.write(out, self.machine, self.work, self.results, self.gate, self.extra)
@@ -180,7 +237,8 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, metavar="N", help="of torch on a CPU")
     parser.add_argument("--engine", choices=("deepspeed", "plain"), default="deepspeed" if has_deepspeed else "plain")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--memory", choices=("main", "all", "none"), default="main", help="whose peak is measured")
+    parser.add_argument("--contenders", choices=("main", "all"), default="all", help="main: without the ladder")
+    parser.add_argument("--detail", choices=("main", "all", "none"), default="main", help="whose memory and parts")
     parser.add_argument("--profile", action="store_true", help="write a chrome trace and the top kernels of ours")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a rehearsal, no figure")
     parser.add_argument("--only", choices=NAMES, help=argparse.SUPPRESS)

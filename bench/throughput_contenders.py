@@ -152,9 +152,12 @@ class Mixed:
         self.targets = self.tokens(batch)
         with self.autocast():
             losses = self.model.step_losses(batch, self.targets)
-        losses.total.backward()
+        self.backward(losses.total)
         self.state.update()
         return Losses(*(value.detach() for value in losses))
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def contender(self, name: str, note: str = "") -> Contender:
         return Contender(name, self.step, self.state.restore, lambda: self.targets, note=note, owner=self)

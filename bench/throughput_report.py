@@ -10,6 +10,9 @@ from bench.measure import Machine, peaks, quantiles
 from bench.throughput_contenders import COMPILED, KINDER, LADDER, OFFICIAL, OURS
 from bench.throughput_work import Work
 
+# PERFORMANCE 0, point 5; SPEC 8.2
+CLIPS, IMAGES, V100_DAYS = 36.1e6, 1.025e9, 256
+
 
 @dataclass
 class Result:
@@ -19,10 +22,12 @@ class Result:
     reason: str = ""  # why it cannot run
     note: str = ""
     samples: list[float] = field(default_factory=list)  # ms a step
+    busy: list[float] = field(default_factory=list)  # ms of all this process's threads
     gate_s: float | None = None
     peak_mib: float | None = None
     before_mib: float | None = None
     parts: dict[str, float] = field(default_factory=dict)  # ms
+    waiting: float | None = None  # share of the step in which a GPU runs no kernel
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Row:
     images_per_s: float | None = None
     times_official: float | None = None  # median over the rounds
     times_before: float | None = None  # than the rung before
+    cpu_ms: float | None = None  # a unit, of all threads of the host
+    cpu_times_official: float | None = None
     peak_mib: float | None = None
     before_mib: float | None = None
     tflops: float | None = None  # on necessary FLOPs
@@ -55,6 +62,7 @@ class Row:
     token_agreement: float | None = None
     first_steps_s: float | None = None  # the gate's, compiling included
     parts: str = ""
+    waiting: float | None = None
     hardware: str = ""
     driver: str = ""
     python: str = ""
@@ -105,7 +113,7 @@ def rows(machine: Machine, work: Work, results: Mapping[str, Result], gate: Any,
         row.status = "ok" if result.samples else "cannot run"
         row.peak_mib, row.before_mib = result.peak_mib, result.before_mib
         row.loss_difference, row.token_agreement = gate.worst.get(name), gate.agreement.get(name)
-        row.first_steps_s = result.gate_s
+        row.first_steps_s, row.waiting = result.gate_s, result.waiting
         total = sum(result.parts.values())
         row.parts = ", ".join(f"{part} {value / total:.1%}" for part, value in result.parts.items()) if total else ""
         if result.samples:
@@ -122,6 +130,9 @@ def _speeds(row: Row, result: Result, work: Work, results: Mapping[str, Result],
     row.clips_per_s, row.images_per_s = (1e3 * work.count(stream) / time.median for stream in ("clips", "images"))
     row.times_official = ratio(results[OFFICIAL], result)
     row.times_before = ratio(before(result.name, results), result)
+    row.cpu_ms = quantiles(result.busy).median / units
+    if results[OFFICIAL].busy:
+        row.cpu_times_official = quantiles([a / b for a, b in zip(results[OFFICIAL].busy, result.busy)]).median
     flops = work.flops()
     if flops:
         row.tflops = flops[0] / time.median / 1e9
@@ -144,6 +155,18 @@ def headline(work: Work, results: Mapping[str, Result]) -> str:
         return f"ours could not be timed: {mine.reason}"
     ms = quantiles(mine.samples).median / work.units
     return f"ours: {', '.join(told)}, {share}; {ms:.4g} ms a unit ({work.config.train.precision}, {work.device.type})"
+
+
+def recipe(work: Work, mine: Result, images_per_s: float, hardware: str) -> str:
+    """The days both stages take at the measured rates, beside the paper's."""
+    joint = CLIPS / (1e3 * work.count("clips") / quantiles(mine.samples).median) / 86400
+    first = IMAGES / images_per_s / 86400
+    told = f" (the paper: {V100_DAYS} V100-days)" if work.config.model.size == "base" else ""
+    return (
+        f"Both stages on one {hardware}: {joint:.2f} days for {CLIPS / 1e6:.1f} M clips with 8 images each, "
+        f"{first:.2f} for {IMAGES / 1e9:.3f} G images alone at {images_per_s:.0f} a second, together "
+        f"{joint + first:.2f}{told}; without reading data."
+    )
 
 
 def write(
@@ -180,27 +203,34 @@ def text(
     lines = ["# The training step", "", machine.line(), "", f"`{machine.command}`", "", task(work) + ".", ""]
     lines += [*(f"* {note}" for note in work.notes), "", gate.text() + ".", ""]
     lines += [
-        "| contender | ms a unit | 20 to 80 % | units/s | clips/s | images/s | times official | times the rung before |"
-        " peak MiB | TFLOP/s | MFU |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| contender | ms a unit | 20 to 80 % | units/s | clips/s | images/s | times official | times the rung before | times official in CPU time |"
+        " peak MiB | TFLOP/s | MFU | of a matmul |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         if row.status != "ok":
-            lines.append(f"| {row.contender} | cannot run: {row.reason} |{' |' * 9}")
+            lines.append(f"| {row.contender} | cannot run: {row.reason} |{' |' * 11}")
             continue
         cells = [
             row.contender, _n(row.median_ms, ".1f"), f"{_n(row.low_ms, '.1f')} to {_n(row.high_ms, '.1f')}",
             _n(row.units_per_s, ".4g"), _n(row.clips_per_s, ".4g"), _n(row.images_per_s, ".4g"),
-            _n(row.times_official), _n(row.times_before), _n(row.peak_mib, ".0f"), _n(row.tflops, ".3g"),
-            _n(row.mfu, ".1%"),
+            _n(row.times_official), _n(row.times_before), _n(row.cpu_times_official),
+            _n(row.peak_mib, ".0f"), _n(row.tflops, ".3g"),
+            _n(row.mfu, ".1%"), _n(row.of_matmul, ".1%"),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    rounds = next((row.rounds for row in found if row.rounds), 0)
+    rounds, flops, matmul = next((row.rounds for row in found if row.rounds), 0), work.flops(), extra.get("matmul")
     lines += [
         "",
         f"{rounds} rounds; a unit is one clip and eight images. Ratios are medians over the rounds, in each of which "
         "every contender took one step from the same weights; nothing is dropped.",
     ]
+    if flops and matmul:
+        lines.append(
+            f"Necessary are {flops[0] / work.units / 1e12:.3f} TFLOP a unit, nominal (official) "
+            f"{flops[1] / work.units / 1e12:.3f}; TFLOP/s and MFU count the necessary ones. A large matmul reached "
+            f"{matmul:.3g} TFLOP/s in this run."
+        )
     lines += [f"{name}: {result.note}." for name, result in results.items() if result.note]
     return "\n".join([*lines, *_memory(results, work), *_parts(results), *extra.get("lines", []), ""])
 
@@ -224,6 +254,8 @@ def _memory(results: Mapping[str, Result], work: Work) -> list[str]:
 
 
 def _parts(results: Mapping[str, Result]) -> list[str]:
+    waiting = ", ".join(f"{r.name} {r.waiting:.1%}" for r in results.values() if r.waiting is not None)
+    idle = ["", f"Share of the step in which the GPU runs no kernel: {waiting}."] if waiting else []
     names = list(dict.fromkeys(part for result in results.values() for part in result.parts))
     if not names:
         return []
@@ -233,4 +265,4 @@ def _parts(results: Mapping[str, Result]) -> list[str]:
         total = sum(result.parts.values())
         if total:
             lines.append(f"| {name} | {' | '.join(f'{result.parts.get(part, 0.0) / total:.1%}' for part in names)} |")
-    return lines
+    return [*lines, *idle]
