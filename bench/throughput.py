@@ -37,10 +37,10 @@ from bench.throughput_contenders import (
     OURS,
     CannotRun,
     Contender,
-    State,
     build,
-    first_weights,
+    yardsticks,
 )
+from bench.throughput_state import State, first_weights
 from bench.throughput_work import Work, prepare
 from bevt_fast.data.batch import JointBatch, Losses
 from bevt_fast.errors import ConfigError, MachineError, UserError
@@ -76,6 +76,8 @@ class Bench:
         for name, result in self.results.items():
             result.samples = raced.samples.get(name, [])
             result.reason = result.reason or raced.failures.get(name, "")
+        if not self.results[OURS].samples:
+            raise MachineError(memory.sentence(self.work, self.results[OURS].reason))
         self.extra["matmul"] = parts.matmul_rate(self.work.device, self.work.config.train.precision)
         self.write()
         self.measure_parts()
@@ -93,7 +95,7 @@ class Bench:
     def build(self) -> None:
         """Every contender, or the reason why it cannot run."""
         self.first = first_weights(self.work)
-        state = State(self.work, first=self.first)
+        state = self.state = State(self.work, first=self.first)
         for name in NAMES:
             try:
                 if name == COMPILED and not self.options.compile:
@@ -126,6 +128,8 @@ class Bench:
             print(f"{name}: {self.options.steps} steps in {self.results[name].gate_s:.1f} s", flush=True)
         if len(self.contenders) < 2:
             raise MachineError(memory.sentence(self.work, "nothing that ours could be compared with fits"))
+        if self.work.config.train.precision == "bf16":
+            self.gate.measure_bound(yardsticks(self.work, self.state))
         self.gate.judge()
         print(self.gate.text(), flush=True)
 

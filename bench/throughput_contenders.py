@@ -4,29 +4,22 @@ A rung is the rung below with one part of the official step replaced by ours, so
 """
 
 import functools
-import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench import official_step, official_tokenizer
 from bench.official_step import Layout, OfficialModel, Place
 from bench.official_tokenizer import HiddenCells, OfficialTokenizer
+from bench.throughput_state import PlainEngine, Seen, State, autocast, new_objective, world
 from bench.throughput_work import Work
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets
-from bevt_fast.errors import MachineError
 from bevt_fast.models.bevt import hidden_rows
-from bevt_fast.objectives.joint import JointObjective
 from bevt_fast.train import hidden_targets, joint_step
-from bevt_fast.training import distributed
-from bevt_fast.training.assemble import build_objective
-from bevt_fast.training.distributed import World
-from bevt_fast.training.engine import MOMENTS, ClippedAdamW, Engine, parameter_groups
+from bevt_fast.training.engine import MOMENTS, ClippedAdamW, Engine
 from bevt_fast.training.run import lower
 from bevt_kernels import masked_cross_entropy
 
@@ -35,96 +28,12 @@ HIDDEN, TOKENIZER, ROWS = "+ hidden frames and cells", "+ our tokenizer", "+ hid
 ATTENTION, BLOCKS, OURS = "+ our window attention", "+ our blocks", "ours"
 LADDER = (OFFICIAL, KINDER, HIDDEN, TOKENIZER, ROWS, ATTENTION, BLOCKS, OURS)
 NAMES = (OFFICIAL, KINDER, COMPILED, *LADDER[2:])
+TRUTH, ROUNDED = "official in float32", "official in bfloat16 throughout"
 CHUNK = {"cpu": 4, "cuda": 64}  # frames our tokenizer takes at a time, so that this rung changes one thing
 
 
 class CannotRun(Exception):
     """Says why."""
-
-
-def new_objective(work: Work) -> JointObjective:
-    """The model with the benchmark's first weights, in training mode, on the CPU."""
-    torch.manual_seed(1)
-    return build_objective(work.config, getattr(work.tokenizer, "vocab_size", 0), initialise=False).train()
-
-
-def first_weights(work: Work) -> dict[str, Tensor]:
-    """By name, on the device, for whoever has to come back to them."""
-    return {name: weight.detach().to(work.device) for name, weight in new_objective(work).model.named_parameters()}
-
-
-class State:
-    """Weights and an optimizer; the plain contenders take turns on one. `first`: the weights to come back to."""
-
-    def __init__(
-        self,
-        work: Work,
-        kind: type[torch.optim.AdamW] = torch.optim.AdamW,
-        first: Mapping[str, Tensor] | None = None,
-        **options: Any,
-    ) -> None:
-        self.objective: JointObjective = new_objective(work).to(work.device)
-        self.parameters: list[Tensor] = list(self.objective.parameters())
-        self.first = list((first or {}).values())
-        optim = work.config.optim
-        groups = parameter_groups(self.objective, optim)
-        self.optimizer = kind(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, **options)
-        self.max_norm = optim.grad_clip or float("inf")
-
-    def restore(self, moments: bool = False) -> None:
-        """The first weights; with `moments`, an optimizer that has not stepped yet."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.first)
-        if moments:
-            self.optimizer.state.clear()
-
-    def update(self, clip: bool = True) -> None:
-        """Clip, step, and let go of the gradients."""
-        if clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-class PlainEngine:
-    """What `joint_step` asks of an engine, without DeepSpeed."""
-
-    def __init__(self, state: State, work: Work, clips_itself: bool = False) -> None:
-        self.state, self.autocast, self.clips_itself = state, autocast(work), clips_itself
-
-    def __call__(self, *arguments: Any) -> Any:
-        with self.autocast():
-            return self.state.objective(*arguments)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        self.state.update(clip=not self.clips_itself)
-
-
-class Seen:
-    """An engine, and the targets that it was last given."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.targets: Targets | None = None
-
-    def __call__(self, batch: JointBatch, targets: Targets, hidden: Any = None) -> Any:
-        self.targets = targets
-        return self.engine(batch, targets, hidden)
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
-
-    def step(self) -> None:
-        self.engine.step()
-
-
-def autocast(work: Work, dtype: str = "") -> Callable[[], AbstractContextManager[Any]]:
-    """The official recipe's mixed precision (SPEC 5.2) in bf16; nothing in float32."""
-    low = (dtype or work.config.train.precision) == "bf16"
-    return lambda: torch.autocast(work.device.type, torch.bfloat16, enabled=low)
 
 
 @dataclass
@@ -214,6 +123,37 @@ def official_tokens(work: Work, at_a_time: int | None) -> OfficialTokenizer:
     return tokenizer
 
 
+class LowWeights(Mapping[str, Tensor]):
+    """Weights in bfloat16, as an engine without autocast holds them; their gradients reach the float32 ones."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name].to(torch.bfloat16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def yardsticks(work: Work, state: State) -> list[Contender]:
+    """The official step in float32, and with everything in bfloat16: what rounding alone does to a loss."""
+    found = []
+    for name, low in ((TRUTH, False), (ROUNDED, True)):
+        model = make_model(work, state)
+        mixed = Mixed(work, state, official_tokens(work, official_tokenizer.FRAMES), model)
+        mixed.autocast = autocast(work, "fp32")
+        contender = mixed.contender(name)
+        if low:
+            model.weights = LowWeights(model.weights)
+            contender.ready = lambda batch: lower(batch, torch.bfloat16)
+        found.append(contender)
+    return found
+
+
 def build(name: str, work: Work, state: State | None, engine: str, first: Mapping[str, Tensor] | None) -> Contender:
     """The contender of that name. Raises CannotRun. `engine` "deepspeed" or "plain" is for ours alone, which needs no
     state; without `first` weights nothing can be restored.
@@ -285,14 +225,12 @@ def ours(work: Work, kind: str, first: Mapping[str, Tensor]) -> Contender:
 def _joint(
     name: str, seen: Seen, work: Work, restore: Callable[[bool], None], note: str, objective: nn.Module
 ) -> Contender:
-    tokenizer: Any = work.tokenizer
+    owner = Joint(seen, work.tokenizer, objective)
 
-    def targets() -> Targets:
-        return seen.targets or Targets(None, None)
+    def step(batch: JointBatch) -> Losses:
+        return joint_step(owner.engine, owner.tokenizer, batch)
 
-    found = Contender(name, lambda batch: joint_step(owner.engine, owner.tokenizer, batch), restore, targets, note=note)
-    owner = found.owner = Joint(seen, tokenizer, objective)  # pyright: ignore
-    return found
+    return Contender(name, step, restore, lambda: seen.targets, note=note, owner=owner)
 
 
 @dataclass
@@ -302,13 +240,3 @@ class Joint:
     engine: Any
     tokenizer: Any
     objective: nn.Module
-
-
-def world(device: torch.device) -> World:
-    """This process alone, as train.py would be started by plain python."""
-    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
-        raise MachineError("throughput.py times one process; start it with plain python, not with a launcher")
-    if not dist.is_initialized():
-        distributed.read_environment()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
-    return World(0, 0, 1, device)

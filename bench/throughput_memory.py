@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bench.throughput_contenders import BLOCKS, OURS, CannotRun, State, build
+from bench.throughput_contenders import BLOCKS, OURS, CannotRun, build
+from bench.throughput_state import State
 from bench.throughput_work import Work
 from bevt_fast.training import estimate
 

@@ -88,7 +88,7 @@ class Marks:
         """Milliseconds by part."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        found = dict.fromkeys(PARTS, 0.0)
+        found: dict[str, float] = {part: 0.0 for part in PARTS}
         for part, start, end in self.slices:
             found[part] += start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
         return found
@@ -112,11 +112,27 @@ class MarkedEngine:
     """An engine whose three calls are marked."""
 
     def __init__(self, engine: Any, marks: Marks) -> None:
-        self.call = marks.around(LOSS, engine)
+        self.engine, self.call = engine, marks.around(LOSS, engine.__call__)
         self.backward, self.step = marks.around(BACKWARD, engine.backward), marks.around(OPTIMIZER, engine.step)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.call(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+class MarkedTokenizer:
+    """A tokenizer whose calls are marked."""
+
+    def __init__(self, tokenizer: Any, marks: Marks) -> None:
+        self.tokenizer, self.call = tokenizer, marks.around(TOKENIZER, tokenizer.__call__)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.call(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
 
 
 @contextlib.contextmanager
@@ -129,7 +145,7 @@ def marked(contender: Contender, marks: Marks) -> Iterator[None]:
         if isinstance(owner, Joint):
             engine, tokenizer = owner.engine, owner.tokenizer
             stack.callback(lambda: (setattr(owner, "engine", engine), setattr(owner, "tokenizer", tokenizer)))
-            owner.engine, owner.tokenizer = MarkedEngine(engine, marks), marks.around(TOKENIZER, tokenizer)
+            owner.engine, owner.tokenizer = MarkedEngine(engine, marks), MarkedTokenizer(tokenizer, marks)
             _hook(owner.objective, marks, stack)
         elif isinstance(owner, Mixed):
             _mark_mixed(owner, contender.name, marks, stack)
@@ -222,6 +238,6 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     for _ in range(TRIES + 1):  # the first one warms up
         marks.slices.clear()
         with marks.part(REST):
-            a @ a
+            torch.mm(a, a)
         best = max(best, 2 * side**3 / marks.sums()[REST] / 1e9)
     return best

@@ -25,8 +25,8 @@ LENGTHS = (5, 6, 7)  # of 8 time steps, in turn: the tubes of successive clips
 BATCHES = 3  # different ones, in turn
 DROP_PATH = {"tiny": 0.2, "small": 0.2, "base": 0.3, "large": 0.3}
 # the rehearsal: every part is there, nothing is of a size
-QUICK: dict[str, Any] = {"embed_dim": 16, "depths": [2, 2, 2, 2], "heads": [1, 2, 4, 8]}
-QUICK_SIDE, QUICK_FRAMES, QUICK_WIDTH, QUICK_VOCABULARY = 64, 4, 8, 64
+QUICK: dict[str, Any] = {"embed_dim": 8, "depths": [2, 1, 1, 1], "heads": [1, 2, 4, 8]}
+QUICK_SIDE, QUICK_FRAMES, QUICK_WIDTH, QUICK_VOCABULARY = 64, 4, 4, 64
 
 
 def configuration(options: argparse.Namespace) -> Config:
