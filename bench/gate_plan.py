@@ -85,8 +85,8 @@ def _benchmarks(where: Where, small: bool) -> list[Part]:
         Part(
             "step", "The training step, Swin-B, bf16, without torch.compile",
             (*_script("throughput.py"), *to, "--device", device, "--no-compile", "--budget", "25", *quick,
-             *(("--memory", "none") if small else ())), 90,
-            keeps=("throughput.csv", "throughput.md"), missing=_absent("throughput.py"),
+             *(("--detail", "none") if small else ())), 140,
+            keeps=("throughput.csv", "throughput.md", "throughput.png"), missing=_absent("throughput.py"),
         ),
         Part(
             "kernels", "The kernel benchmark", (*kernels, *(("--case", "2x3x4", "--reps", "3") if small else ())), 300,
@@ -96,11 +96,11 @@ def _benchmarks(where: Where, small: bool) -> list[Part]:
         Part(
             "tokenizer", "The tokenizer, frames a second and agreement",
             (*_script("tokenizer.py"), *to, "--device", device, *quick), 40,
-            keeps=("tokenizer.csv", "tokenizer.md"), missing=_absent("tokenizer.py"),
+            keeps=("tokenizer.csv", "tokenizer.md", "tokenizer.png"), missing=_absent("tokenizer.py"),
         ),
         Part(
             "loader", "Clips and images a second", (*_script("loader.py"), *to, "--rounds", "3", *quick), 45,
-            keeps=("loader.csv",), missing=no_loader,
+            keeps=("loader.csv", "loader.md", "loader.png"), missing=no_loader,
         ),
         Part(
             "questions", "What the predictions rest on",
