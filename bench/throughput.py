@@ -30,6 +30,7 @@ from bench import throughput_plot
 from bench import throughput_report as report
 from bench.measure import Race, Trial, machine, quantiles, race
 from bench.throughput_contenders import (
+    BESIDE,
     COMPILED,
     KINDER,
     NAMES,
@@ -37,6 +38,7 @@ from bench.throughput_contenders import (
     OURS,
     CannotRun,
     Contender,
+    beside,
     build,
     yardsticks,
 )
@@ -103,7 +105,10 @@ class Bench:
                 if name not in MAIN and self.options.contenders == "main":
                     raise CannotRun("left out by --contenders main")
                 memory.fits(self.work, name)
-                self.contenders[name] = build(name, self.work, state, self.options.engine, self.first)
+                if name == BESIDE:
+                    self.contenders[name] = beside(self.work, self.contenders.get(OURS))
+                else:
+                    self.contenders[name] = build(name, self.work, state, self.options.engine, self.first)
             except CannotRun as problem:
                 self.results[name].reason = str(problem)
         if OURS not in self.contenders:

@@ -27,7 +27,8 @@ OFFICIAL, KINDER, COMPILED = "official", "official, tokenizer by 4", "official, 
 HIDDEN, TOKENIZER, ROWS = "+ hidden frames and cells", "+ our tokenizer", "+ hidden rows in decoder and loss"
 ATTENTION, BLOCKS, OURS = "+ our window attention", "+ our blocks", "ours"
 LADDER = (OFFICIAL, KINDER, HIDDEN, TOKENIZER, ROWS, ATTENTION, BLOCKS, OURS)
-NAMES = (OFFICIAL, KINDER, COMPILED, *LADDER[2:])
+BESIDE = "ours, tokenizer beside the encoder"
+NAMES = (OFFICIAL, KINDER, COMPILED, *LADDER[2:], BESIDE)
 TRUTH, ROUNDED = "official in float32", "official in bfloat16 throughout"
 CHUNK = {"cpu": 4, "cuda": 64}  # frames our tokenizer takes at a time, so that this rung changes one thing
 
@@ -231,6 +232,22 @@ def _joint(
         return joint_step(owner.engine, owner.tokenizer, batch)
 
     return Contender(name, step, restore, lambda: seen.targets, note=note, owner=owner)
+
+
+def beside(work: Work, ours: Contender | None) -> Contender:
+    """Ours with train.overlap_tokenizer, on the same engine. Raises CannotRun."""
+    if work.device.type != "cuda" or ours is None:
+        raise CannotRun("streams beside one another need an NVIDIA GPU" if ours else "ours cannot run")
+    seen, side = ours.owner.engine, torch.cuda.Stream(work.device)
+
+    def step(batch: JointBatch) -> Losses:
+        seen.side = side
+        try:
+            return ours.step(batch)
+        finally:
+            seen.side = None
+
+    return Contender(BESIDE, step, ours.restore, ours.seen, ours.ready, "train.overlap_tokenizer", ours.owner)
 
 
 @dataclass

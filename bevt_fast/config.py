@@ -131,6 +131,7 @@ class Train(Section):
     loss_mean: Literal["rank", "global"] = (
         "rank"  # SPEC 4 (X9): mean per micro-batch as official, or over all hidden positions
     )
+    overlap_tokenizer: bool = False  # on a GPU the tokenizer runs beside the encoder, on a stream of its own
     log_every: Positive = 10
     save_every: Positive = 1000
     keep_checkpoints: Positive = 2

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets, send, unknown
+from bevt_fast.training.overlap import beside
 from bevt_fast.training.run import Run, build
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def joint_step(
     `hidden` is given for `train.loss_mean` "global" only: hidden images' and clips' positions per micro-batch of the
     step.
     """
-    losses = engine(batch, hidden_targets(tokenizer, batch), hidden)
+    targets = beside(getattr(engine, "side", None), hidden_targets, tokenizer, batch)
+    losses = engine(batch, targets, hidden)
     engine.backward(losses.total)
     engine.step()  # DeepSpeed changes the weights on the last micro-batch of a step, and only then
     return Losses(*(value.detach() for value in losses))

@@ -9,7 +9,7 @@ Masks stay on the CPU: how much is hidden decides how much is computed, and to a
 was given before.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -46,6 +46,7 @@ class Targets(NamedTuple):
 
     images: Int64[Tensor, "B g g"] | None
     clips: Int64[Tensor, "B T g g"] | None  # every frame is tokenized, so the clip decoder doubles time back to T
+    ready: Any = None  # a torch.cuda.Event: until then the ids are being made on another stream
 
 
 class Losses(NamedTuple):

@@ -34,37 +34,42 @@ class JointObjective(nn.Module):
         images, clips, model = batch.images, batch.clips, self.model
         image_rows = hidden_rows(images.mask, device=images.pixels.device) if images else None
         clip_rows = hidden_rows(clips.mask, model.config.patch[0], clips.pixels.device) if clips else None
-        image_ids = _hidden_ids("images", targets.images, image_rows)
-        clip_ids = _hidden_ids("clips", targets.clips, clip_rows)
-        image, image_accuracy = self._loss(model.image_features, images, image_rows, image_ids, image_count)
-        clip, clip_accuracy = self._loss(model.clip_features, clips, clip_rows, clip_ids, clip_count)
+        image_features = _features(model.image_features, "images", images, targets.images, image_rows)
+        clip_features = _features(model.clip_features, "clips", clips, targets.clips, clip_rows)
+        if targets.ready is not None:
+            targets.ready.wait()  # the GPU's, not the host's: until here nobody has read an id
+        image, image_accuracy = self._loss(image_features, targets.images, image_rows, image_count)
+        clip, clip_accuracy = self._loss(clip_features, targets.clips, clip_rows, clip_count)
         total = self.image_weight * image + self.clip_weight * clip
         return Losses(total, image, clip, image_accuracy, clip_accuracy)
 
     def _loss(
-        self,
-        features_of: Callable[..., Tensor],
-        stream: Images | Clips | None,
-        rows: HiddenRows | None,
-        ids: Tensor | None,
-        count: SupportsFloat | None,
+        self, features: Tensor | None, ids: Tensor | None, rows: HiddenRows | None, count: SupportsFloat | None
     ) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of one stream; `count` as in `forward`."""
-        if stream is None or ids is None:
+        if features is None or ids is None or rows is None:
             zero = torch.zeros((), device=self.model.head.weight.device)
             return zero, zero
-        features = features_of(stream.pixels, stream.mask, rows)  # (M, K)
-        loss, accuracy = masked_cross_entropy(features, self.model.head, ids)
+        hidden = ids.flatten().index_select(0, rows.positions)  # (M,)
+        loss, accuracy = masked_cross_entropy(features, self.model.head, hidden)
         # a mean over M positions, as a share of `count`
-        return loss if count is None else loss * (len(ids) / max(float(count), sys.float_info.min)), accuracy
+        return loss if count is None else loss * (len(hidden) / max(float(count), sys.float_info.min)), accuracy
 
 
-def _hidden_ids(stream: str, ids: Tensor | None, rows: HiddenRows | None) -> Tensor | None:
-    """(B, [T,] g, g) -> (M,), in the order of the rows. Raises ConfigError for targets of another grid, or none."""
-    if rows is None:
+def _features(
+    features_of: Callable[..., Tensor],
+    name: str,
+    stream: Images | Clips | None,
+    ids: Tensor | None,
+    rows: HiddenRows | None,
+) -> Tensor | None:
+    """(M, K) of the hidden positions, for a stream that is there. Raises ConfigError for targets of another grid, or
+    none.
+    """
+    if stream is None or rows is None:
         return None
     if ids is None:
-        raise ConfigError(f"the batch has {stream} but no targets for them; tokenize them first")
+        raise ConfigError(f"the batch has {name} but no targets for them; tokenize them first")
     if ids.shape != rows.grid:
-        raise ConfigError(f"the targets of the {stream} are {tuple(ids.shape)}, but their masks cover {rows.grid}")
-    return ids.flatten().index_select(0, rows.positions)
+        raise ConfigError(f"the targets of the {name} are {tuple(ids.shape)}, but their masks cover {rows.grid}")
+    return features_of(stream.pixels, stream.mask, rows)

@@ -104,6 +104,8 @@ class Engine:
             raise MachineError(f"DeepSpeed refuses the configuration: {reason}") from error
         self.engine, self.optimizer = made[:2]
         self.inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        beside = config.train.overlap_tokenizer and world.device.type == "cuda"
+        self.side = torch.cuda.Stream(world.device) if beside else None
         self._allocate_moments()
         self._set_adam_step(0)
 
