@@ -131,6 +131,8 @@ class Train(Section):
     loss_mean: Literal["rank", "global"] = (
         "rank"  # SPEC 4 (X9): mean per micro-batch as official, or over all hidden positions
     )
+    # one stream's backward pass before the other's forward pass: less memory; None: wherever that is possible
+    streams_in_turn: bool | None = None
     overlap_tokenizer: bool = False  # on a GPU the tokenizer runs beside the encoder, on a stream of its own
     log_every: Positive = 10
     save_every: Positive = 1000
@@ -188,11 +190,29 @@ class Config(Section):
         """The streams there are, by name, images first as everywhere."""
         return {name: stream for name, stream in (("images", self.images), ("clips", self.clips)) if stream}
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether the streams of a micro-batch take turns: two there are, and nothing forbids it."""
+        wanted = self.train.streams_in_turn is not False
+        return wanted and len(self.streams) == 2 and not self._why_not_in_turn()
+
+    def _why_not_in_turn(self) -> str:
+        if self.train.precision == "fp16":
+            return "train.precision fp16 scales the loss first"
+        zero = self.deepspeed.get("zero_optimization", {})
+        return "ZeRO stage 3 puts weights away in between" if zero.get("stage", 1) == 3 else ""
+
     @model_validator(mode="after")
     def _has_a_stream(self) -> "Config":
         if self.clips is None and self.images is None:
             raise ValueError("needs the key 'clips' or 'images'")
         deepspeed_section(self.deepspeed)
+        return self
+
+    @model_validator(mode="after")
+    def _streams_can_take_turns(self) -> "Config":
+        if self.train.streams_in_turn and (reason := self._why_not_in_turn()):
+            raise ValueError(f"train.streams_in_turn is true, but {reason}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets
 from bevt_fast.errors import ConfigError
 from bevt_fast.models.bevt import Bevt, HiddenRows, hidden_rows
+from bevt_fast.objectives.in_turn import Settled
 from bevt_kernels import masked_cross_entropy
 
 
 class JointObjective(nn.Module):
     """image_weight * L_MIM + clip_weight * L_MVM; a stream that the batch leaves out adds nothing."""
 
-    def __init__(self, model: Bevt, image_weight: float = 1.0, clip_weight: float = 1.0) -> None:
+    def __init__(self, model: Bevt, image_weight: float = 1.0, clip_weight: float = 1.0, in_turn: bool = False) -> None:
+        """in_turn: the images' backward pass before the clips' forward pass, which need not remember both then."""
         super().__init__()
-        self.model, self.image_weight, self.clip_weight = model, image_weight, clip_weight
+        self.model, self.image_weight, self.clip_weight, self.in_turn = model, image_weight, clip_weight, in_turn
 
     def forward(
         self, batch: JointBatch, targets: Targets, hidden: tuple[SupportsFloat, SupportsFloat] | None = None
@@ -35,21 +37,33 @@ class JointObjective(nn.Module):
         image_rows = hidden_rows(images.mask, device=images.pixels.device) if images else None
         clip_rows = hidden_rows(clips.mask, model.config.patch[0], clips.pixels.device) if clips else None
         image_features = _features(model.image_features, "images", images, targets.images, image_rows)
-        clip_features = _features(model.clip_features, "clips", clips, targets.clips, clip_rows)
-        if targets.ready is not None:
-            targets.ready.wait()  # the GPU's, not the host's: until here nobody has read an id
-        image, image_accuracy = self._loss(image_features, targets.images, image_rows, image_count)
-        clip, clip_accuracy = self._loss(clip_features, targets.clips, clip_rows, clip_count)
+        if self.in_turn and images and clips and torch.is_grad_enabled():
+            image, image_accuracy = self._loss(image_features, targets.images, image_rows, targets, image_count)
+            settled = Settled(image, list(self.parameters()))
+            del image, image_features  # and with them what the backward pass had needed
+            clip_features = _features(model.clip_features, "clips", clips, targets.clips, clip_rows)
+            image = settled.loss()
+        else:
+            clip_features = _features(model.clip_features, "clips", clips, targets.clips, clip_rows)
+            image, image_accuracy = self._loss(image_features, targets.images, image_rows, targets, image_count)
+        clip, clip_accuracy = self._loss(clip_features, targets.clips, clip_rows, targets, clip_count)
         total = self.image_weight * image + self.clip_weight * clip
         return Losses(total, image, clip, image_accuracy, clip_accuracy)
 
     def _loss(
-        self, features: Tensor | None, ids: Tensor | None, rows: HiddenRows | None, count: SupportsFloat | None
+        self,
+        features: Tensor | None,
+        ids: Tensor | None,
+        rows: HiddenRows | None,
+        targets: Targets,
+        count: SupportsFloat | None,
     ) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of one stream; `count` as in `forward`."""
         if features is None or ids is None or rows is None:
             zero = torch.zeros((), device=self.model.head.weight.device)
             return zero, zero
+        if targets.ready is not None:
+            targets.ready.wait()  # the GPU's, not the host's: until here nobody has read an id
         hidden = ids.flatten().index_select(0, rows.positions)  # (M,)
         loss, accuracy = masked_cross_entropy(features, self.model.head, hidden)
         # a mean over M positions, as a share of `count`

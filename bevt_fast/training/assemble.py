@@ -177,7 +177,7 @@ def build_objective(config: Config, vocab_size: int, initialise: bool = True) ->
     if section.weights and initialise:
         log.info("%s", initial_weights(model, section.weights))
     weights = {name: stream.weight for name, stream in config.streams.items()}
-    return JointObjective(model, weights.get("images", 1.0), weights.get("clips", 1.0))
+    return JointObjective(model, weights.get("images", 1.0), weights.get("clips", 1.0), config.in_turn)
 
 
 def initial_weights(model: Bevt, path: str) -> str:

@@ -98,11 +98,13 @@ def activations(config: Config, streams: Sequence[StreamShape], answer: Answer) 
     """Bytes that a micro-batch of one process keeps for its backward pass."""
     shape, vocab_size = VideoSwinConfig.of(config.model), estimate.codebook_size(config)
     precision, checkpointing = config.train.precision, config.model.activation_checkpointing
-    kept = sum(
+    each = [
         config.streams[stream.name].micro_batch
         * estimate.activation_bytes(shape, stream, vocab_size, precision, checkpointing, answer)
         for stream in streams
-    )
+    ]
+    # the first stream of two leaves gradients alone
+    kept = max(each[0], each[1] + BYTES[precision] * learnt(config)) if config.in_turn else sum(each)
     return kept + (len(streams) * estimate.head_gradient_bytes(shape, vocab_size) if answer == "fused" else 0)
 
 

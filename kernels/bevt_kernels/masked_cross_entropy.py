@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from . import _cross_entropy_kernels as kernels
 from . import runtime
 from ._hidden_rows import Product, hidden_rows, refusal
+from .cross_entropy_cpu import ROWS as ROWS_ON_A_CPU
+from .cross_entropy_cpu import ScoredRows
 from .runtime import cdiv, launch, power_of_2
 
 NAME = "masked_cross_entropy"
@@ -327,7 +329,10 @@ def masked_cross_entropy(
             features of another width than the head's; on a CPU, a hidden target outside [0, V).
     """
     _check(features, head, targets, mask)
-    if not runtime.fused(NAME, features.device, _refusal(features, head)):
+    refused = _refusal(features, head)
+    if not runtime.fused(NAME, features.device, refused):
+        if refused is None and _fits_a_cpu(features, head, targets):
+            return _by_rows(cast(nn.Linear, head), features, targets, mask)
         return reference(features, head, targets, mask)
     linear = cast(nn.Linear, head)
     _check_targets(targets, mask, linear.out_features)
@@ -347,6 +352,22 @@ def masked_cross_entropy(
     finally:
         del linear.forward
     return loss, answers[0]
+
+
+def _fits_a_cpu(features: Tensor, head: nn.Module, targets: Tensor) -> bool:
+    """Whether a CPU takes some rows at a time: of few rows the reference keeps no more."""
+    if not runtime.cpu_way(features.device) or runtime.simulated() or torch.is_autocast_enabled("cpu"):
+        return False
+    return features.dtype == torch.float32 and not hasattr(head.weight, "ds_id") and targets.numel() > ROWS_ON_A_CPU
+
+
+def _by_rows(head: nn.Linear, features: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_targets(targets, mask, head.out_features)
+    if mask is None:
+        rows, ids = features.reshape(-1, features.shape[-1]), targets.reshape(-1)
+    else:
+        rows, ids = features[mask], targets[mask]
+    return ScoredRows.apply(rows, head.weight, head.bias, ids)  # pyright: ignore[reportReturnType]
 
 
 def _fused(head: nn.Linear, targets: Tensor, mask: Tensor | None, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,8 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(gpu: str, world_size
         sizes = {"clips": k * found["clips"], "images": k * found["images"]}
         return memory.needed(memory.with_micro_batches(config, sizes), STREAMS, world_size, place)
 
-    assert needed(1) <= memory.USABLE * place.memory < needed(2)
+    assert needed(1) <= memory.USABLE * place.memory
+    assert memory.USABLE * place.memory < needed(2) or found["clips"] * world_size == 256  # all of it
     configuration.accumulation(memory.with_micro_batches(config, found), world_size)  # may be trained
 
 
