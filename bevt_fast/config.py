@@ -138,6 +138,7 @@ class Train(Section):
     save_every: Positive = 1000
     keep_checkpoints: Positive = 2
     max_bad_steps: Positive = 5  # steps in a row with a loss or gradient that is not finite
+    compile: bool = False  # torch.compile runs what the blocks compute token by token
     threads: Positive | None = None  # of torch on a CPU, per process; None: cores / processes
     heldout_batches: Positive = 16
     pictures: Positive = 4  # samples of each stream drawn at the end
@@ -213,6 +214,16 @@ class Config(Section):
     def _streams_can_take_turns(self) -> "Config":
         if self.train.streams_in_turn and (reason := self._why_not_in_turn()):
             raise ValueError(f"train.streams_in_turn is true, but {reason}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_blocks_see_their_weights(self) -> "Config":
+        zero = self.deepspeed.get("zero_optimization", {})
+        if self.train.compile and isinstance(zero, dict) and zero.get("stage") == 3:
+            raise ValueError(
+                "train.compile cannot go with ZeRO stage 3, which puts the weights of a layer away while others run; "
+                "set deepspeed.zero_optimization.stage to 2, or leave train.compile out"
+            )
         return self
 
     @model_validator(mode="after")

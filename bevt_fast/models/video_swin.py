@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bevt_fast.config import Model
 from bevt_fast.errors import ConfigError
-from bevt_fast.models.residual import DropPath, Linear, Norm, activated, normalised
+from bevt_fast.models.compiled import Compiled, is_wanted
+from bevt_fast.models.grids import Triple, official_image_shift, pad, window_and_shift
+from bevt_fast.models.residual import MLP, DropPath, Linear, Norm, normalised
 from bevt_kernels import masked_embedding, window_attention
 
 BiasIndex = Literal["true", "official"]
 ImageAttention = Literal["t1", "official"]
 Initialisation = Literal["normal", "fan_in"]
-Triple = tuple[int, int, int]
 
 # SPEC 1.1; every head is 32 wide
 SIZES: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ class Stem(nn.Module):
 
     def forward(self, pixels: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """(B, 3, [T,] H, W) -> (B, [t,] h, w, C). Axes that are not whole patches are zero-padded at their end."""
-        pixels = _pad(pixels, pixels.shape[2:], self.patch, channels_last=False)
+        pixels = pad(pixels, pixels.shape[2:], self.patch, channels_last=False)
         return self.norm(self.projection(pixels).movedim(1, -1), mask, mask_token)
 
 
@@ -104,38 +104,40 @@ class WindowAttention(nn.Module):
         self.projection = nn.Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
 
-    def forward(self, x: Tensor, image_attention: ImageAttention = "t1", again: tuple[Tensor, ...] = ()) -> Tensor:
-        """(B, t, h, w, C) -> (B, t, h, w, C). `again`: what makes x once more, if it is not to be kept."""
+    def forward(
+        self,
+        x: Tensor,
+        image_attention: ImageAttention = "t1",
+        again: tuple[Tensor, ...] = (),
+        qkv: Tensor | None = None,
+    ) -> Tensor:
+        """(B, t, h, w, C) -> (B, t, h, w, C). `again`: what makes x once more, if it is not to be kept; `qkv`: what
+        the layer of that name makes of a grid that is not padded, where it is there already.
+        """
         t, h, w = x.shape[1:4]
-        window, shift = _window_and_shift((t, h, w), self.window)
+        window, shift = window_and_shift((t, h, w), self.window)
         mask_shift = shift
         if image_attention == "official":
-            mask_shift = shift = _official_image_shift((h, w), self.window)
+            mask_shift = shift = official_image_shift((h, w), self.window)
         elif not self.shifted:
             mask_shift = (0, 0, 0)
         if not self.shifted:
             shift = (0, 0, 0)
 
-        # padded after the norm: exact zeros enter qkv, and they take part in attention (SPEC X26)
-        qkv = self.qkv(
-            _pad(x, (t, h, w), window), lambda *again: _pad(normalised(*again), (t, h, w), window), *again
-        ).unflatten(-1, (3, self.heads, -1))
+        if qkv is None:
+            # padded after the norm: exact zeros enter qkv, and they take part in attention (SPEC X26)
+            y: Tensor = pad(x, (t, h, w), window)
+            y = self.qkv(y, lambda *again: pad(normalised(*again), (t, h, w), window), *again)
+        else:
+            y = qkv
         table = self.relative_position_bias_table
-        out = window_attention(qkv, table, self.window, shift, mask_shift, self.bias_index)
+        heads = y.unflatten(-1, (3, self.heads, -1))
+        out = window_attention(heads, table, self.window, shift, mask_shift, self.bias_index)
         return self.projection(out[:, :t, :h, :w].flatten(-2))
 
-
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x: Tensor, again: tuple[Tensor, ...] = ()) -> Tensor:
-        """(..., C) -> (..., C). `again`: what makes x once more, if it is not to be kept."""
-        return activated(self.fc1(x, normalised, *again), self.fc2)
+    def pads(self, grid: Sequence[int]) -> bool:
+        """Whether the windows do not fill a (t, h, w) grid."""
+        return any(length % min(length, size) for length, size in zip(grid, self.window))
 
 
 class Block(nn.Module):
@@ -148,13 +150,21 @@ class Block(nn.Module):
         self.norm2 = Norm(width)
         self.mlp = MLP(width, hidden)
         self.drop_path = DropPath(drop_path)
+        self.compiled: Compiled | None = None
 
     def forward(self, x: Tensor, image_attention: ImageAttention = "t1") -> Tensor:
+        compiled = self.compiled if is_wanted() else None
+
         def attend(x: Tensor) -> Tensor:
+            if compiled and not self.attention.pads(x.shape[1:4]):
+                qkv = compiled.projected(x, self.norm1, self.attention.qkv)
+                return self.attention(x, image_attention, qkv=qkv)
             y, again = self.norm1(x)
             return self.attention(y, image_attention, again)
 
         def mix(x: Tensor) -> Tensor:
+            if compiled:
+                return compiled.mixed(x, self.norm2, self.mlp)
             y, again = self.norm2(x)
             return self.mlp(y, again)
 
@@ -171,7 +181,7 @@ class PatchMerging(nn.Module):
         self.reduction = Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _pad(x, x.shape[1:4], (1, 2, 2))
+        x = pad(x, x.shape[1:4], (1, 2, 2))
         # (row, column) parities in the official order: rows change first
         corners = [x[:, :, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
         y, again = self.norm(torch.cat(corners, dim=-1))
@@ -222,6 +232,12 @@ class VideoSwin(nn.Module):
         self.apply(initialiser(initialisation))
         self.register_load_state_dict_pre_hook(_take_encoder_of_a_model)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Train with the blocks under torch.compile (`compiled`); names and numbers of the weights stay."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compiled = Compiled(backend)
+
     def stages(
         self,
         pixels: Float[Tensor, "B 3 T H W"],
@@ -271,29 +287,3 @@ def _take_encoder_of_a_model(_module: nn.Module, state_dict: dict[str, Tensor], 
     """An encoder on its own also loads from the names it has inside a model."""
     for key in [key for key in state_dict if not prefix and key.startswith("encoder.")]:
         state_dict[key.removeprefix("encoder.")] = state_dict.pop(key)
-
-
-def _pad(x: Tensor, sizes: Sequence[int], multiple: Sequence[int], channels_last: bool = True) -> Tensor:
-    """Zero-pad the ends of the grid axes to multiples; x itself when nothing is missing."""
-    missing = [-size % step for size, step in zip(sizes, multiple)]
-    if not any(missing):
-        return x
-    ends = [amount for size in reversed(missing) for amount in (0, size)]  # F.pad starts at the last axis
-    return F.pad(x, [0, 0, *ends] if channels_last else ends)
-
-
-def _window_and_shift(grid: Triple, window: Triple) -> tuple[Triple, Triple]:
-    """The used window and shift: an axis no longer than the window is one window, unshifted (SPEC 1.4, step 2)."""
-    t, h, w = (min(length, size) for length, size in zip(grid, window))
-    dt, dh, dw = (size // 2 if length > size else 0 for length, size in zip(grid, window))
-    return (t, h, w), (dt, dh, dw)
-
-
-def _official_image_shift(sides: tuple[int, int], window: Triple) -> Triple:
-    """The official image path shifts (and masks) in every stage, clipped or not, and cannot pad (SPEC X3)."""
-    if sides[0] % window[1] or sides[1] % window[2]:
-        raise ConfigError(
-            f"image_attention 'official' needs stages whose sides are multiples of the window {window[1:]}, "
-            f"but one is {sides}; use images of {32 * window[1]} x {32 * window[2]} pixels or image_attention 't1'"
-        )
-    return (0, window[1] // 2, window[2] // 2)

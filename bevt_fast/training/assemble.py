@@ -174,6 +174,8 @@ def build_objective(config: Config, vocab_size: int, initialise: bool = True) ->
         initialisation=section.initialisation,
         activation_checkpointing=section.activation_checkpointing,
     )
+    if config.train.compile:
+        model.encoder.compile_blocks()
     if section.weights and initialise:
         log.info("%s", initial_weights(model, section.weights))
     weights = {name: stream.weight for name, stream in config.streams.items()}

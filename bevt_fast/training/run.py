@@ -20,6 +20,7 @@ from bevt_fast.data import loader, sampling
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses
 from bevt_fast.data.sources import Source
 from bevt_fast.errors import CheckpointError, ConfigError, DataError, NumericalError
+from bevt_fast.models.compiled import require_compiler
 from bevt_fast.training import checkpoint, distributed, schedule
 from bevt_fast.training.assemble import (
     check_parts,
@@ -301,6 +302,8 @@ def build(config: Config, resume: str = "none") -> Run:
     check_parts(config)
     sources, heldout = open_sources(config), open_heldout(config)
     world = distributed.start(config.train.threads)
+    if config.train.compile:
+        require_compiler(world.device)
     return Run(config, sources, heldout, world, resume)
 
 
