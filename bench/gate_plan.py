@@ -85,7 +85,7 @@ def _benchmarks(where: Where, small: bool) -> list[Part]:
         Part(
             "step", "The training step, Swin-B, bf16, without torch.compile",
             (*_script("throughput.py"), *to, "--device", device, "--no-compile", "--budget", "25", *quick,
-             *(("--detail", "none") if small else ())), 140,
+             *(("--detail", "none") if small else ())), 99,
             keeps=("throughput.csv", "throughput.md", "throughput.png"), missing=_absent("throughput.py"),
         ),
         Part(

@@ -194,7 +194,7 @@ def test_too_many_bad_files_stop_the_making(tiny, tmp_path, capsys):
     assert "files of images are bad, more than data.quarantine_share" in capsys.readouterr().err
 
 
-def test_dali_gives_the_same_pixels_and_so_the_cache_answers(tiny, cache):
+def test_the_cache_answers_for_the_pixels_it_was_made_of_and_no_others(tiny, cache):
     pytest.importorskip("nvidia.dali")
     config = load(written(changed(tiny, {"output": "unused"} | VIEWS), cache.parent / "dali.json"))
     tokenizer = tokenizers.build(config.tokenizer)
@@ -210,8 +210,11 @@ def test_dali_gives_the_same_pixels_and_so_the_cache_answers(tiny, cache):
             reader.take_targets_from(ids)
             found.append([reader[number] for number in range(3)])
         for ours, theirs in zip(*found):
-            assert (ours["known"] >= 0).all() and ours["known"].equal(theirs["known"])
-            assert "token_pixels" not in theirs
+            assert (ours["known"] >= 0).all()
+            for k, pixels in enumerate(theirs["pixels"]):  # DALI converts the colours of videos in its own way
+                same = pixels.equal(ours["pixels"][k])
+                assert same == (name == "images")
+                assert theirs["known"][k].equal(ours["known"][k]) if same else (theirs["known"][k] == -1).all()
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
