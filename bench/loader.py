@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from bench import loader_damage, loader_report
 from bench.loader_contenders import OURS, PLAIN, CannotRun, Contender, Others, Workload, contenders
 from bench.loader_files import make_files, source
 from bench.loader_step import waiting
-from bench.measure import Quantiles, machine, orders, quantiles, write_rows
+from bench.measure import Machine, Quantiles, machine, orders, quantiles, write_rows
 from bevt_fast import config as configuration
 from bevt_fast.config import Config
 from bevt_fast.data import decode, pace
@@ -42,7 +42,7 @@ SAME = 8.0  # grey levels, mean: what two conversions of colours differ by at mo
 
 
 @dataclass
-class Row:
+class Row(Machine):
     """One line of loader.csv; empty where it does not apply or was not measured."""
 
     benchmark: str = "loader"
@@ -61,14 +61,7 @@ class Row:
     against_plain: float | None = None  # median of the rounds' ratios
     against_ours: float | None = None
     levels: float | None = None  # mean difference from ours, grey levels
-    hardware: str = ""
-    driver: str = ""
-    python: str = ""
-    torch: str = ""
     libraries: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
 
 
 class Bench:
@@ -78,8 +71,7 @@ class Bench:
         self.options, self.folder = options, folder
         self.device = torch.device(options.device)
         self.rows: list[Row] = []
-        known = asdict(machine(self.device))
-        self.machine = {field.name: known[field.name] for field in fields(Row) if field.name in known}
+        self.machine = asdict(machine(self.device))
         self.machine["libraries"] = ", ".join(f"{name} {v}" for name in LIBRARIES if (v := _version(name)))
 
     def run(self) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.plot import Bar, bars, pyplot
+
 if TYPE_CHECKING:
     from bench.loader import Row
 
@@ -39,14 +41,10 @@ def _line(row: "Row") -> str:
 
 
 def picture(rows: "Sequence[Row]", path: Path) -> str | None:
-    """Samples of a core's second, a panel for every stream and number of workers. Returns why there is no picture."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as problem:
-        return f"no figure: {problem}; pip install -c constraints.txt matplotlib"
+    """Samples a second, a panel for every stream and number of workers. Returns why there is no picture."""
+    plt = pyplot()
+    if isinstance(plt, str):
+        return plt
     timed = [row for row in rows if row.median_per_s is not None]
     panels = list(dict.fromkeys((row.stream, row.workers) for row in timed))
     if not panels:
@@ -54,14 +52,8 @@ def picture(rows: "Sequence[Row]", path: Path) -> str | None:
     sheet, axes = plt.subplots(len(panels), 1, figsize=(8, 2.8 * len(panels)), squeeze=False)
     for axis, panel in zip(axes.flat, panels):
         shown = [row for row in timed if (row.stream, row.workers) == panel]
-        middle = [row.median_per_s or 0.0 for row in shown]
-        spread = [
-            [max(m - (row.low_per_s or m), 0.0) for m, row in zip(middle, shown)],
-            [max((row.high_per_s or m) - m, 0.0) for m, row in zip(middle, shown)],
-        ]
-        colours = ["#c1440e" if row.contender.startswith("ours") else "#7b8794" for row in shown]
-        axis.barh([row.contender for row in shown], middle, xerr=spread, color=colours, error_kw={"lw": 0.8})
-        axis.invert_yaxis()
+        names = ((row, row.contender.startswith("ours")) for row in shown)
+        bars(axis, [Bar(r.contender, r.median_per_s or 0.0, r.low_per_s, r.high_per_s, ours) for r, ours in names])
         axis.set_xlabel(f"{panel[0]} a second, {panel[1]} workers; median and 20 to 80 %", fontsize=8)
         axis.tick_params(labelsize=8)
     sheet.suptitle(f"{rows[0].hardware}, torch {rows[0].torch}, {rows[0].date}", fontsize=8)

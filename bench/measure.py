@@ -46,7 +46,33 @@ class Quantiles(NamedTuple):
 
 
 @dataclass
-class Row:
+class Machine:
+    """What a figure depends on besides the code: the last columns of every results file."""
+
+    hardware: str = ""
+    driver: str = ""
+    python: str = ""
+    torch: str = ""
+    triton: str = ""
+    cuda: str = ""
+    cudnn: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
+
+    def line(self) -> str:
+        """One sentence for the head of a report."""
+        parts = [
+            self.hardware, f"driver {self.driver}" if self.driver else "",
+            f"Python {self.python}", f"torch {self.torch}",
+            f"triton {self.triton or 'absent'}", f"CUDA {self.cuda}" if self.cuda else "",
+            f"cuDNN {self.cudnn}" if self.cudnn else "", f"commit {self.commit or 'unknown'}", self.date,
+        ]  # fmt: skip
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass
+class Row(Machine):
     """One line of a results file; empty where it does not apply or was not measured."""
 
     benchmark: str = ""
@@ -71,45 +97,16 @@ class Row:
     sm_mhz: float | None = None
     power_w: float | None = None
     temperature_c: float | None = None
-    hardware: str = ""
-    driver: str = ""
-    python: str = ""
-    torch: str = ""
-    triton: str = ""
-    cuda: str = ""
-    cudnn: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
 
 
-COLUMNS = [f.name for f in fields(Row)]
+def columns(kind: type[Machine]) -> list[str]:
+    """Of a results file with rows of this kind: its own first, those of every file last."""
+    names, everywhere = [field.name for field in fields(kind)], {field.name for field in fields(Machine)}
+    return sorted(names, key=lambda name: name in everywhere)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a figure depends on besides the code."""
-
-    hardware: str
-    driver: str
-    python: str
-    torch: str
-    triton: str
-    cuda: str
-    cudnn: str
-    commit: str
-    command: str
-    date: str
-
-    def line(self) -> str:
-        """One sentence for the head of a report."""
-        parts = [
-            self.hardware, f"driver {self.driver}" if self.driver else "",
-            f"Python {self.python}", f"torch {self.torch}",
-            f"triton {self.triton or 'absent'}", f"CUDA {self.cuda}" if self.cuda else "",
-            f"cuDNN {self.cudnn}" if self.cudnn else "", f"commit {self.commit or 'unknown'}", self.date,
-        ]  # fmt: skip
-        return ", ".join(part for part in parts if part)
+COLUMNS = columns(Row)
+TYPES = {field.name: field.type for field in fields(Row)}
 
 
 def machine(device: torch.device) -> Machine:
@@ -216,13 +213,13 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float | None
     return peak / 2**20
 
 
-def write_rows(path: Path, rows: Sequence[Any], kind: type = Row) -> None:
+def write_rows(path: Path, rows: Sequence[Machine], kind: type[Machine] = Row) -> None:
     """The whole file, through a temporary one, so that a kill leaves the last complete version. All rows are of one
     dataclass; `kind` names the columns where there is none.
     """
     draft = path.with_name(path.name + ".part")
     with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0] if rows else kind)])
+        writer = csv.DictWriter(file, columns(type(rows[0]) if rows else kind))
         writer.writeheader()
         writer.writerows({k: _short(v) for k, v in asdict(row).items()} for row in rows)
     draft.replace(path)
@@ -355,7 +352,7 @@ def _short(value: object) -> object:
 
 
 def _typed(column: str, text: str | None) -> Any:
-    kind = str(Row.__annotations__[column])
+    kind = str(TYPES[column])
     if "str" in kind:
         return text or ""
     if not text:

@@ -9,13 +9,12 @@ why. On a CPU, and with --quick, the same lines run in small: such numbers are w
 
 import argparse
 import contextlib
-import csv
 import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bench.measure import Machine, Trial, machine, quantiles, race
+from bench.measure import Machine, Trial, machine, quantiles, race, write_rows
 from bevt_fast.training.gpus import Gpu, of_device
 
 WIDTHS = {128: 25_088, 256: 6_272, 512: 1_568, 1024: 392}  # stage widths of Swin-B -> tokens of a clip, or of 8 images
@@ -38,7 +37,7 @@ WORTHLESS = "a rehearsal in small: this number is worth nothing"
 
 
 @dataclass
-class Row:
+class Row(Machine):
     """One answer; empty where it was not measured."""
 
     question: str = ""
@@ -52,15 +51,6 @@ class Row:
     roof: float | None = None  # of the data sheet, in the same unit
     rounds: int | None = None
     max_error: float | None = None  # relative, against float64
-    hardware: str = ""
-    driver: str = ""
-    torch: str = ""
-    triton: str = ""
-    cuda: str = ""
-    cudnn: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
 
 
 class Bench:
@@ -80,19 +70,24 @@ class Bench:
                      "decoder": self.decoder}  # fmt: skip
         for name, ask in questions.items():
             if time.perf_counter() > self.ends:
-                self.add(Row(name, "", "left out", "the time budget was spent before its turn"))
+                self.add(Row(question=name, status="left out", reason="the time budget was spent before its turn"))
                 continue
             try:
                 for row in ask():
                     self.add(row)
             except Exception as problem:
-                self.add(Row(name, "", "failed", f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"))
+                self.add(
+                    Row(
+                        question=name,
+                        status="failed",
+                        reason=f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}",
+                    )
+                )
 
     def add(self, row: Row) -> None:
         if self.small and row.status == "ok":
             row.reason = "; ".join(part for part in (row.reason, WORTHLESS) if part)
-        for field in ("hardware", "driver", "torch", "triton", "cuda", "cudnn", "commit", "command", "date"):
-            setattr(row, field, getattr(self.machine, field))
+        row = replace(row, **asdict(self.machine))
         self.rows.append(row)
         print(line(row), flush=True)
         write(Path(self.options.out), self.rows, self.machine, self.small)
@@ -113,7 +108,12 @@ class Bench:
         processors = 1 if self.small else torch.cuda.get_device_properties(self.device).multi_processor_count
         programs, rounds = 16 * processors, 2 if self.small else ROUNDS
         for kind, dtype in KINDS.items():
-            row = Row("ex2", kind, unit="results/s", roof=self.gpu.special if self.gpu and kind == "f32" else None)
+            row = Row(
+                question="ex2",
+                case=kind,
+                unit="results/s",
+                roof=self.gpu.special if self.gpu and kind == "f32" else None,
+            )
             if (
                 self.device.type == "cuda"
                 and kind == "bf16x2"
@@ -149,7 +149,7 @@ class Bench:
             a = torch.randn(rows, width, device=self.device, dtype=torch.bfloat16)
             b = torch.randn(width, 4 * width, device=self.device, dtype=torch.bfloat16)
             flops, moved = 2.0 * rows * width * 4 * width, a.nbytes + b.nbytes + 2.0 * rows * 4 * width
-            row = Row("product", f"K = {width}: {rows} x {width} x {4 * width}, bf16", unit="FLOP/s")
+            row = Row(question="product", case=f"K = {width}: {rows} x {width} x {4 * width}, bf16", unit="FLOP/s")
             row.roof = self._roof(flops, moved)
             yield self.timed(row, flops, lambda a=a, b=b: a @ b)
 
@@ -162,7 +162,9 @@ class Bench:
         weight = torch.randn(64, 64, 3, 3, device=self.device, dtype=dtype).to(memory_format=torch.channels_last)
         flops = 2.0 * frames * side**2 * 64 * 64 * 9
         row = Row(
-            "convolution", f"{frames} frames of {side} x {side}, 64 to 64 channels, 3 x 3, {dtype}", unit="FLOP/s"
+            question="convolution",
+            case=f"{frames} frames of {side} x {side}, 64 to 64 channels, 3 x 3, {dtype}",
+            unit="FLOP/s",
         )
         row.roof = self._roof(flops, 2.0 * x.nbytes)
         with torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
@@ -173,7 +175,7 @@ class Bench:
         with contextlib.suppress(ImportError):
             from bevt_fast.data import pipeline
 
-            row = Row("decoder", "H.264, 340 x 256, every frame", unit="frames/s")
+            row = Row(question="decoder", case="H.264, 340 x 256, every frame", unit="frames/s")
             if (missing := pipeline.lacking(self.device)) or self.device.type == "cpu":
                 row.status, row.reason = "left out", missing or "DALI decodes H.264 on a GPU only"
                 yield row
@@ -190,7 +192,7 @@ class Bench:
 
             yield self.timed(row, float(files * count), decode)
             return
-        yield Row("decoder", "", "left out", "PyAV, OpenCV or pydantic is not installed")
+        yield Row(question="decoder", status="left out", reason="PyAV, OpenCV or pydantic is not installed")
 
     def _roof(self, flops: float, moved: float) -> float | None:
         """FLOP/s at which tensor cores or memory, whichever is slower, would do it by the data sheet."""
@@ -237,18 +239,12 @@ def line(row: Row) -> str:
 
 
 def write(out: Path, rows: Sequence[Row], found: Machine, small: bool) -> None:
-    """Both files, each through a temporary one."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
+    """Both files."""
+    write_rows(out / "open_questions.csv", rows, Row)
     text = ["# Open questions", "", found.line(), "", f"`{found.command}`", ""]
     text += [f"**{WORTHLESS[0].upper()}{WORTHLESS[1:]}.**", ""] if small else []
     text += ["```", *map(line, rows), "```", ""]
-    for name, content in (("open_questions.csv", table.getvalue()), ("open_questions.md", "\n".join(text))):
-        draft = out / (name + ".part")
-        draft.write_text(content)
-        draft.replace(out / name)
+    (out / "open_questions.md").write_text("\n".join(text))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,8 +4,9 @@ python bench/plot.py RESULTS.csv FIGURE.png
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: look from the repository root, not from bench/
     root = Path(__file__).resolve().parents[1]
@@ -16,18 +17,49 @@ from bench.measure import Row, read_rows
 MOST = 12  # panels
 
 
-def kernels(source: Path, figure: Path) -> str | None:
-    """Forward + backward (forward alone where there is no backward) of every case, one bar a contender.
-
-    Returns why there is no figure, None if there is one.
-    """
+def pyplot() -> Any:
+    """matplotlib's, without a window; where it is not installed, why there is no figure."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError as problem:
-        return f"no figure: {problem}; pip install matplotlib, then python bench/plot.py {source.name} {figure.name}"
+        return f"no figure: {problem}; pip install -c constraints.txt matplotlib"
+    return plt
+
+
+class Bar(NamedTuple):
+    """A contender's figure, with the range in which most rounds lie."""
+
+    name: str
+    middle: float
+    low: float | None
+    high: float | None
+    ours: bool
+
+
+def bars(axis: Any, shown: Sequence[Bar]) -> Any:
+    """One bar a contender, the first on top; ours in another colour."""
+    middle = [bar.middle for bar in shown]
+    spread = [
+        [max(bar.middle - (bar.middle if bar.low is None else bar.low), 0.0) for bar in shown],
+        [max((bar.middle if bar.high is None else bar.high) - bar.middle, 0.0) for bar in shown],
+    ]
+    colours = ["#c1440e" if bar.ours else "#7b8794" for bar in shown]
+    drawn = axis.barh([bar.name for bar in shown], middle, xerr=spread, color=colours, height=0.7, error_kw={"lw": 0.8})
+    axis.invert_yaxis()
+    return drawn
+
+
+def kernels(source: Path, figure: Path) -> str | None:
+    """Forward + backward (forward alone where there is no backward) of every case, one bar a contender.
+
+    Returns why there is no figure, None if there is one.
+    """
+    plt = pyplot()
+    if isinstance(plt, str):
+        return f"{plt}, then python bench/plot.py {source.name} {figure.name}"
     panels = _panels(read_rows(source))
     if not panels:
         return f"no figure: {source.name} has no times"
@@ -63,14 +95,7 @@ def _mode(modes: dict[str, list[Row]]) -> str:
 def _bars(axis: Any, title: str, rows: list[Row]) -> None:
     axis.set_visible(True)
     rows = sorted(rows, key=lambda row: row.median_ms or 0.0)
-    times = [row.median_ms or 0.0 for row in rows]
-    spread = [
-        [max((row.median_ms or 0.0) - (row.low_ms or 0.0), 0.0) for row in rows],
-        [max((row.high_ms or 0.0) - (row.median_ms or 0.0), 0.0) for row in rows],
-    ]
-    colours = ["#c1440e" if row.contender == "ours" else "#7b8794" for row in rows]
-    axis.barh([row.contender for row in rows], times, xerr=spread, color=colours, height=0.7, error_kw={"lw": 0.8})
-    axis.invert_yaxis()
+    bars(axis, [Bar(r.contender, r.median_ms or 0.0, r.low_ms, r.high_ms, r.contender == "ours") for r in rows])
     axis.set_xlabel("ms, median and 20 to 80 %", fontsize=7)
     axis.set_title(title, fontsize=7)
     axis.tick_params(labelsize=7)

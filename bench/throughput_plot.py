@@ -12,33 +12,26 @@ if not __package__:  # run as a script: look from the repository root, not from 
     sys.path[:1] = [str(root), str(root / "kernels")]
 
 from bench.measure import peaks
+from bench.plot import Bar, bars, pyplot
 
 
 def ladder(source: Path, figure: Path) -> str | None:
     """Milliseconds a unit, and where the GPU is known the time its peak would need. Returns why there is no figure."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as problem:
-        command = f"python bench/throughput_plot.py {source.name} {figure.name}"
-        return f"no figure: {problem}; pip install -c constraints.txt matplotlib, then {command}"
+    plt = pyplot()
+    if isinstance(plt, str):
+        return f"{plt}, then python bench/throughput_plot.py {source.name} {figure.name}"
     with source.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["median_ms"]]
     if not rows:
         return f"no figure: {source.name} has no times"
-    times = [float(row["median_ms"]) for row in rows]
-    spread = [
-        [max(time - float(row["low_ms"]), 0.0) for time, row in zip(times, rows)],
-        [max(float(row["high_ms"]) - time, 0.0) for time, row in zip(times, rows)],
-    ]
-    colours = ["#c1440e" if row["contender"] == "ours" else "#7b8794" for row in rows]
     sheet, axis = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.8))
-    bars = axis.barh([row["contender"] for row in rows], times, xerr=spread, color=colours, error_kw={"lw": 0.8})
+    shown = [
+        Bar(r["contender"], float(r["median_ms"]), float(r["low_ms"]), float(r["high_ms"]), r["contender"] == "ours")
+        for r in rows
+    ]
+    drawn = bars(axis, shown)
     labels = [f"{float(row['times_official']):.2f} x" if row["times_official"] else "" for row in rows]
-    axis.bar_label(bars, labels=labels, padding=4, fontsize=8)
-    axis.invert_yaxis()
+    axis.bar_label(drawn, labels=labels, padding=4, fontsize=8)
     axis.set_xlabel("ms a unit (1 clip and 8 images), median and 20 to 80 %")
     first, known = rows[-1], peaks(rows[-1]["hardware"])
     if known and first["tflops"]:

@@ -1,12 +1,11 @@
 """What the step benchmark found, as rows, as Markdown and as one headline. Never measures."""
 
-import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.measure import Machine, peaks, quantiles
+from bench.measure import Machine, peaks, quantiles, write_rows
 from bench.throughput_contenders import COMPILED, KINDER, LADDER, OFFICIAL, OURS
 from bench.throughput_work import Work
 
@@ -38,7 +37,7 @@ class Result:
 
 
 @dataclass
-class Row:
+class Row(Machine):
     """One line of throughput.csv; empty where it does not apply or was not measured."""
 
     benchmark: str = "throughput"
@@ -72,16 +71,6 @@ class Row:
     first_steps_s: float | None = None  # the gate's, compiling included
     parts: str = ""
     waiting: float | None = None
-    hardware: str = ""
-    driver: str = ""
-    python: str = ""
-    torch: str = ""
-    triton: str = ""
-    cuda: str = ""
-    cudnn: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
 
 
 def task(work: Work) -> str:
@@ -113,8 +102,7 @@ def before(name: str, results: Mapping[str, Result]) -> Result | None:
 
 def rows(machine: Machine, work: Work, results: Mapping[str, Result], gate: Any, matmul: float | None) -> list[Row]:
     """One a contender, in the order of the ladder."""
-    known = {f.name: value for f in fields(Row) if (value := getattr(machine, f.name, None)) is not None}
-    found = []
+    known, found = asdict(machine), []
     for name, result in results.items():
         row = Row(contender=name, precision=work.config.train.precision, reason=result.reason or result.note, **known)
         row.rung = LADDER.index(name) if name in LADDER else None
@@ -183,21 +171,10 @@ def write(
 ) -> str:
     """throughput.csv and throughput.md; returns the headline."""
     found = rows(machine, work, results, gate, extra.get("matmul"))
-    write_csv(out / "throughput.csv", found)
+    write_rows(out / "throughput.csv", found, Row)
     said = headline(work, results)
     (out / "throughput.md").write_text(text(machine, work, found, results, gate, extra) + f"\n{said}\n")
     return said
-
-
-def write_csv(path: Path, found: Sequence[Row]) -> None:
-    """Through a temporary file, so that a kill leaves the last complete version."""
-    draft = path.with_name(path.name + ".part")
-    with draft.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        for row in found:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
-    draft.replace(path)
 
 
 def _n(value: float | None, form: str = ".2f") -> str:
