@@ -27,6 +27,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
 
 from bench.gate_checks import NEEDS, check_exactness, last_line, show_machine
 from bench.gate_plan import ROOT, Part, Where, parts
+from bench.measure import ready
 
 LEFT_OUT = 77  # exit code of a part
 MOST_FILES = 8
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.rehearse and not gpu_is_there():
         print("gpu_gate.py: torch sees no NVIDIA GPU on this machine; --rehearse runs the same parts on its CPU")
         return 1
-    where.out.mkdir(parents=True, exist_ok=True)
+    ready(where.out)
     title = f"Budget {options.budget:.0f} s. Missing: {', '.join(missing) or 'nothing that is needed'}."
     plan = parts(options, where)
 

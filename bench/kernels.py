@@ -30,7 +30,7 @@ from torch import Tensor
 from bench import contenders as field_of
 from bench import kernel_report, plot, roofline
 from bench.contenders import OURS, Contender
-from bench.measure import Row, Trial, machine, peak_memory, peaks, quantiles, race, write_rows
+from bench.measure import Row, Trial, machine, peak_memory, peaks, quantiles, race, ready, write_rows
 from bevt_kernels import check
 
 ENOUGH = 5.0  # seconds that the race of one mode may take; the rounds it manages by then are printed
@@ -415,9 +415,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("kernels.py: --device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
-        return 1
+    ready(chosen.out, chosen.device)
     if chosen.device == "cuda" and not (chosen.state or chosen.warm or chosen.only_compile):
         return supervise([sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)])
     bench = Bench(chosen, State.load(Path(chosen.state)) if chosen.state else State())
@@ -427,7 +425,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.warm:
         bench.precompile(1, share=1.0)
         return 0
-    Path(chosen.out).mkdir(parents=True, exist_ok=True)
     if not bench.cases():
         print(f"kernels.py: no case of kernel {chosen.kernel or 'any'} matches {chosen.case!r}")
         return 1

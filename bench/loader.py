@@ -31,7 +31,7 @@ from bench import loader_damage, loader_report
 from bench.loader_contenders import OURS, PLAIN, CannotRun, Contender, Others, Workload, contenders
 from bench.loader_files import make_files, source
 from bench.loader_step import waiting
-from bench.measure import Machine, Quantiles, machine, orders, quantiles, write_rows
+from bench.measure import Machine, Quantiles, machine, orders, quantiles, ready, write_rows
 from bevt_fast import config as configuration
 from bevt_fast.config import Config
 from bevt_fast.data import decode, pace
@@ -239,13 +239,10 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("loader.py: --device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
-        return 1
+    ready(chosen.out, chosen.device)
     if chosen.data is not None and not Path(chosen.data).is_dir():
         print(f"loader.py: --data {chosen.data} is no folder; give one that holds videos")
         return 1
-    Path(chosen.out).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ import random
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,26 @@ GPU_ROUNDS, CPU_ROUNDS = 50, 10
 FEWEST = 3  # rounds that a spent budget still allows
 # what one clock tick of the longest wait is: queueing a call takes the host less than this
 LONGEST_HOLD = 10e-3
+
+
+def ready(out: str | Path, device: str = "cpu") -> Path:
+    """The folder of results, made. Ends the program with one sentence: exit code 6 without the GPU that was asked for,
+    2 where there can be no such folder.
+    """
+    problem, code = None, 0
+    if device == "cuda" and not torch.cuda.is_available():
+        problem, code = "--device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run", 6
+    else:
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as error:
+            problem, code = f"--out {out} is no folder one can write to: {error.strerror}", 2
+    if problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+    return Path(out)
 
 
 class Trial(NamedTuple):

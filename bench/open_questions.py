@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bench.measure import Machine, Trial, machine, quantiles, race, write_rows
+from bench.measure import Machine, Trial, machine, quantiles, race, ready, write_rows
 from bevt_fast.training.gpus import Gpu, of_device
 
 WIDTHS = {128: 25_088, 256: 6_272, 512: 1_568, 1024: 392}  # stage widths of Swin-B -> tokens of a clip, or of 8 images
@@ -254,14 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="no question begins later")
     parser.add_argument("--quick", action="store_true", help="small sizes: a rehearsal, not a result")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("open_questions.py: --device cuda needs an NVIDIA GPU, and torch sees none here; leave it out")
-        return 1
-    try:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"open_questions.py: --out {options.out} cannot be a folder: {error.strerror}")
-        return 1
+    ready(options.out, options.device)
     bench = Bench(options)
     print(bench.machine.line())
     bench.run()

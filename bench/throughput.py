@@ -28,7 +28,7 @@ from bench import throughput_memory as memory
 from bench import throughput_parts as parts
 from bench import throughput_plot
 from bench import throughput_report as report
-from bench.measure import Race, Trial, machine, quantiles, race
+from bench.measure import Race, Trial, machine, quantiles, race, ready
 from bench.throughput_contenders import (
     BESIDE,
     COMPILED,
@@ -45,7 +45,7 @@ from bench.throughput_contenders import (
 from bench.throughput_state import State, first_weights
 from bench.throughput_work import Work, prepare
 from bevt_fast.data.batch import JointBatch, Losses
-from bevt_fast.errors import ConfigError, MachineError, UserError
+from bevt_fast.errors import MachineError, UserError
 
 ROUNDS = {"cpu": 5, "cuda": 30}
 QUICK_ROUNDS, IMAGE_ROUNDS = 2, 10
@@ -265,6 +265,7 @@ def positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options(arguments)
+    ready(chosen.out, chosen.device)
     try:
         return start(chosen, sys.argv[1:] if arguments is None else arguments)
     except UserError as problem:
@@ -273,8 +274,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def start(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("--device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -282,10 +281,6 @@ def start(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
     if chosen.only:
         print(json.dumps(memory.peak(chosen.only, work, chosen.engine)))
         return 0
-    try:
-        Path(chosen.out).mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise ConfigError(f"--out {chosen.out} is no folder one can write to: {problem.strerror}") from None
     bench = Bench(chosen, work, arguments)
     print("\n".join([bench.machine.line(), report.task(work), *work.notes]), flush=True)
     return bench.run()

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import plot
-from bench.measure import Machine, Row, Trial, machine, quantiles, race, write_rows
+from bench.measure import Machine, Row, Trial, machine, quantiles, race, ready, write_rows
 from bevt_fast.errors import UserError
 from bevt_fast.tokenizers import _convolution, dalle
 
@@ -261,12 +261,8 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options(arguments)
     device = torch.device(chosen.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("tokenizer.py: --device cuda needs an NVIDIA GPU, and torch sees none here; leave it out for a CPU run")
-        return 1
-    out = Path(chosen.out)
+    out = ready(chosen.out, chosen.device)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         if chosen.weights:
             tokenizer, weights = dalle.load(chosen.weights), "weights from a file"

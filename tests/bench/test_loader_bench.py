@@ -96,9 +96,3 @@ def test_a_tenth_is_bad_and_verify_leaves_the_rest(made, tmp_path, stream):
     reader = StreamReader(clean.config, stream, bad)
     found = [record for number in range(len(bad)) if isinstance(item := reader[number], dict) for record in item["bad"]]
     assert {record["path"] for record in found} == set(bad.paths) - set(good.paths) != set()
-
-
-def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(["--out", str(tmp_path), "--device", "cuda"]) == 1
-    assert "needs an NVIDIA GPU" in capsys.readouterr().out

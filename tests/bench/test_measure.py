@@ -1,5 +1,6 @@
 """The stopwatch: what it counts, in which order it lets contenders run, and how a row is written."""
 
+import importlib
 import statistics
 import time
 
@@ -10,6 +11,24 @@ from bench import measure
 from bench.measure import Row, Trial
 
 CPU = torch.device("cpu")
+PROGRAMS = ("kernels", "loader", "open_questions", "throughput", "tokenizer")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_results_need_a_folder_and_a_gpu_the_gpu(tmp_path, capsys, monkeypatch, program):
+    main = importlib.import_module(f"bench.{program}").main
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, code, words in (
+        (["--out", str(taken), "--device", "cpu"], 2, f"--out {taken} is no folder one can write to: File exists"),
+        (["--out", str(tmp_path / "new"), "--device", "cuda"], 6, "--device cuda needs an NVIDIA GPU"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        said = capsys.readouterr()
+        assert ended.value.code == code and words in said.err and not said.out
+    assert not (tmp_path / "new").exists()
 
 
 def test_quantiles_are_interpolated_and_count_every_sample():

@@ -45,14 +45,6 @@ def test_a_spent_budget_is_said(tmp_path, capsys):
     assert capsys.readouterr().out.count("the time budget was spent before its turn") == 4
 
 
-@WITHOUT_A_GPU
-def test_bad_options_are_one_sentence(tmp_path, capsys):
-    assert open_questions.main(["--out", str(tmp_path), "--device", "cuda"]) == 1
-    (tmp_path / "file").write_text("")
-    assert open_questions.main(["--out", str(tmp_path / "file")]) == 1
-    assert len(capsys.readouterr().out.strip().splitlines()) == 2
-
-
 # the number of instructions of each kind in the loop, for the eight elements a thread has
 COMPILES = """
 import sys

@@ -121,12 +121,6 @@ def test_bad_weights_are_one_sentence(tmp_path, content, capsys):
     assert capsys.readouterr().out.startswith("tokenizer.py: ")
 
 
-def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(["--out", str(tmp_path), "--device", "cuda"]) == 1
-    assert capsys.readouterr().out.count("\n") == 1
-
-
 def test_the_figure_reads_its_rows(tmp_path, monkeypatch):
     monkeypatch.undo()
     row = bench.TokenRow(benchmark="tokenizer", kernel="dalle", case="2 frames", mode="forward", contender="ours")
