@@ -96,8 +96,9 @@ def _halved(rows: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
     padded[3:-4], padded[:3], padded[-4:] = rows, rows[0], rows[-1]
     # BLOCK rows at a time are a small matrix times the rows that they are made of
     taps, step = _taps(dtype), padded.strides[0]
-    windows = np.lib.stride_tricks.as_strided(
-        padded, (n // BLOCK, taps.shape[1], m), (2 * BLOCK * step, step, padded.itemsize)
+    # not as_strided: it interns its names anew in every call, until CPython rebuilds its table of them in each worker
+    windows = np.ndarray(
+        (n // BLOCK, taps.shape[1], m), dtype, padded, strides=(2 * BLOCK * step, step, padded.itemsize)
     )
     return np.matmul(taps, windows).reshape(n, m)
 
