@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevt_fast.errors import MachineError
-from bevt_fast.models.residual import MLP
+from bevt_fast.models.mlp import MLP
 
 GRAPHS = 64  # of one function: a width, dtype, autocast or frozen weight each, and sizes where a backend asks for them
 

@@ -84,19 +84,6 @@ def activated(h: Tensor, linear: Linear) -> Tensor:
     return linear(F.gelu(h), F.gelu, h.detach()) if _recomputes() else linear(F.gelu(h))
 
 
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x: Tensor, again: tuple[Tensor, ...] = ()) -> Tensor:
-        """(..., C) -> (..., C). `again`: what makes x once more, if it is not to be kept."""
-        return activated(self.fc1(x, normalised, *again), self.fc2)
-
-
 class _Recomputed(torch.autograd.Function):
     """y @ weight.T + bias, without y."""
 

@@ -17,7 +17,8 @@ from bevt_fast.config import Model
 from bevt_fast.errors import ConfigError
 from bevt_fast.models.compiled import Compiled, is_wanted
 from bevt_fast.models.grids import Triple, official_image_shift, pad, window_and_shift
-from bevt_fast.models.residual import MLP, DropPath, Linear, Norm, normalised
+from bevt_fast.models.mlp import MLP
+from bevt_fast.models.residual import DropPath, Linear, Norm, normalised
 from bevt_kernels import masked_embedding, window_attention
 
 BiasIndex = Literal["true", "official"]

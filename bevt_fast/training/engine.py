@@ -84,7 +84,7 @@ class Engine:
             "lr": 0.0,  # DeepSpeed may take a trial step to allocate its state; at rate 0 that changes no weight
             "betas": config.optim.betas,
             "eps": config.optim.eps,
-            "fused": world.device.type == "cuda" or None,
+            "fused": True,
         }
         groups = parameter_groups(objective, config.optim)
         optimizer = (
@@ -103,6 +103,8 @@ class Engine:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise MachineError(f"DeepSpeed refuses the configuration: {reason}") from error
         self.engine, self.optimizer = made[:2]
+        if self._alone and world.size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients to and fro, and sum one
         self.inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         beside = config.train.overlap_tokenizer and world.device.type == "cuda"
         self.side = torch.cuda.Stream(world.device) if beside else None

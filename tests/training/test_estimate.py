@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bevt_fast import config as configuration
 from bevt_fast.data import sources
 from bevt_fast.data.batch import Clips, Images, JointBatch, Targets
+from bevt_fast.models import mlp
 from bevt_fast.models.bevt import Bevt
 from bevt_fast.models.video_swin import VideoSwin, VideoSwinConfig
 from bevt_fast.objectives.joint import JointObjective
@@ -150,6 +151,12 @@ MASKS = {
     for stream, masks in (("images", IMAGE_MASKS), ("clips", CLIP_MASKS))
     for name, mask in {**masks, "all": torch.ones_like(masks["some"]), "none": torch.zeros_like(masks["some"])}.items()
 }
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a CPU makes hidden layers again, a chunk at a time; what is predicted is a GPU's work and memory."""
+    monkeypatch.setattr(mlp, "_goes_in_chunks", lambda *_: False)
 
 
 @pytest.mark.parametrize("tokenizer", ["dalle", "patch_kmeans"])
