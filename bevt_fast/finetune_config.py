@@ -29,7 +29,7 @@ Mode = Literal["finetune", "linear", "attentive", "knn"]
 
 
 class RandAugment(Section):
-    """imgaug's RandAugment as the official SSv2 recipe calls it (SPEC 6.4): `n` of 18 operations of magnitude `m` of 30.
+    """imgaug's RandAugment as in the official SSv2 recipe (SPEC 6.4): `n` of 18 operations of magnitude `m` of 30.
 
     It flips half of the clips and crops a little before, whatever `flip` says (SPEC X14): `hidden_flip_and_crop`.
     """
@@ -97,7 +97,7 @@ class FinetuneModel(Model):
 
 
 class FinetuneOptim(Optim):
-    """AdamW, and the rates of the layers as SPEC 6.2 says they come out: `layer_decay` (K400) or `encoder_lr` (SSv2)."""
+    """AdamW, and rates of layers as SPEC 6.2 says they come out: by `layer_decay` (K400) or `encoder_lr` (SSv2)."""
 
     grad_clip: Annotated[Real, Field(ge=0)] = 40.0
     cosine: Literal["epoch", "step"] = "epoch"
@@ -160,7 +160,7 @@ class FinetuneConfig(Section):
     optim: FinetuneOptim
     train: FinetuneTrain
     test: Test = Test()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={})
 
     @property
     def streams(self) -> dict[str, FinetuneData]:

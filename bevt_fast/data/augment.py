@@ -77,7 +77,7 @@ def draw_erasing(size: int, share: float, rng: random.Random) -> Box:
 
 
 def draw_mix(alpha: float, rng: random.Random) -> float:
-    """How much of a sample stays when it is mixed with another (Zhang et al. 2018): Beta(alpha, alpha); 1 for alpha 0."""
+    """How much of a sample stays when it is mixed with another: Beta(alpha, alpha), or 1 (Zhang et al. 2018)."""
     return rng.betavariate(alpha, alpha) if alpha > 0 else 1.0
 
 
@@ -99,13 +99,13 @@ def draw_strong(n: int, m: int, hidden: bool, rng: random.Random) -> Strong:
     return Strong(flip, crop, tuple(drawn))  # pyright: ignore[reportArgumentType]
 
 
-def cut(frames: np.ndarray, short_side: int, box: Callable[[int, int], Box], size: int, flip: bool) -> np.ndarray:
+def cut(frames: np.ndarray, short_side: int, box: Box, size: int, flip: bool) -> np.ndarray:
     """Short side, crop, size, flip: (T, H, W, 3) -> (T, size, size, 3), bilinear as mmcv (SPEC 6.1).
 
-    `box` gives the crop of a picture of so many rows and columns.
+    `box` is in pixels of the rescaled picture.
     """
-    height, width = rescaled(*frames.shape[1:3], short_side)
-    top, left, h, w = box(height, width)
+    height, width = rescaled(frames.shape[1], frames.shape[2], short_side)
+    top, left, h, w = box
     pixels = np.empty((len(frames), size, size, 3), np.uint8)
     for frame, picture in zip(frames, pixels):
         window = _resized(frame, height, width)[top : top + h, left : left + w]

@@ -118,8 +118,8 @@ class LabelledReader(StreamReader):
     def _cut(self, epoch: int, index: int, file: int) -> tuple[np.ndarray, View]:
         view = self.view(epoch, index, file)
         self.crashes.begin(Reading(file, epoch, index), self.source.path(file))
-        pictures, how = self._clip(view, view.frames, file), self.training
-        pixels = augment.cut(pictures, how.short_side, lambda _h, _w: view.box, how.size, view.flip)
+        pictures, how = self._clip(epoch, view.frames, file), self.training
+        pixels = augment.cut(pictures, how.short_side, view.box, how.size, view.flip)
         return (pixels if view.strong is None else augment.strengthen(pixels, view.strong)), view
 
 
@@ -137,7 +137,7 @@ class LabelledLoader(Loader):
         first_step: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(config, {}, device=device, dtype=dtype)
+        super().__init__(config, {}, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
         self.classes, self.smoothing = config.model.classes, config.train.label_smoothing
         reader = LabelledReader(config, source, rank=rank, world_size=world_size)
         first = first_step * reader.accumulation

@@ -88,6 +88,12 @@ def start(
     kept = {key: value for key, value in weights.items() if key not in left}
     if absent := [key for key in own if key not in kept and key.startswith("encoder.")]:
         raise CheckpointError(f"the checkpoint lacks {len(absent)} tensors of the encoder, the first is {absent[0]}")
+    if other := [key for key in kept if kept[key].shape != own[key].shape]:
+        raise CheckpointError(
+            f"{len(other)} tensors of the checkpoint have another shape than the model's, the first is {other[0]}: "
+            f"{tuple(kept[other[0]].shape)} instead of {tuple(own[other[0]].shape)}; set model.size to that of the "
+            "checkpoint"
+        )
     module.load_state_dict(kept, strict=False)
     return Start(list(kept), resized, unused + left, [key for key in own if key not in kept])
 
@@ -169,8 +175,8 @@ def _require_same_kernel(kernel: Tensor, config: VideoSwinConfig) -> None:
     """Raises CheckpointError for a stem of another width or patch."""
     if len(kernel) != config.embed_dim:
         raise CheckpointError(
-            f"the checkpoint is {len(kernel)} wide after its stem, the model {config.embed_dim}; set model.size to that "
-            "of the checkpoint"
+            f"the checkpoint is {len(kernel)} wide after its stem, the model {config.embed_dim}; set model.size to "
+            "that of the checkpoint"
         )
     patch = tuple(kernel.shape[2:])
     if patch != config.patch[-len(patch) :]:
@@ -205,8 +211,8 @@ def _require_same_shape(
     table = weights[f"encoder.stage.0.blocks.0.attention.{TABLE}"]
     if table.shape[1] != config.heads[0]:
         raise CheckpointError(
-            f"the checkpoint has {table.shape[1]} heads in its first stage, the model {config.heads[0]}; set model.size "
-            "to that of the checkpoint"
+            f"the checkpoint has {table.shape[1]} heads in its first stage, the model {config.heads[0]}; set "
+            "model.size to that of the checkpoint"
         )
     rows = [2 * size - 1 for size in config.window]
     if not is_flat and pretrained_window is None and len(table) != rows[0] * rows[1] * rows[2]:

@@ -232,8 +232,8 @@ class FinetuneRun(Run):
         begin = f"going on at step {self.first_step}" if self.first_step else "starting"
         held = f", validated on {len(self.validation):,} clips" if self.validation else ", never validated"
         return (
-            f"{begin}: {len(self.source):,} clips of {self.config.model.classes} classes from {self.source.name}{held}; "
-            f"mode {self.config.train.mode}, {count / 1e6:.1f} M parameters learn; {self.last_step} steps of "
+            f"{begin}: {len(self.source):,} clips of {self.config.model.classes} classes from {self.source.name}{held}"
+            f"; mode {self.config.train.mode}, {count / 1e6:.1f} M parameters learn; {self.last_step} steps of "
             f"{self.accumulation} micro-batches on {self.world.size} process(es), {self.world.device.type}, "
             f"{self.config.train.precision}, ZeRO {self.engine.stage}; output {self.output}"
         )

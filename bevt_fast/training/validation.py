@@ -13,7 +13,6 @@ from bevt_fast import finetune_config
 from bevt_fast.data.sources import Source
 from bevt_fast.errors import DataError
 from bevt_fast.finetune_config import FinetuneConfig
-from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.probes import NearestNeighbours
 from bevt_fast.training import distributed
 from bevt_fast.training.distributed import World
@@ -30,7 +29,7 @@ def validate(
     classifier: nn.Module, heldout: Source, config: FinetuneConfig, world: World, dtype: torch.dtype
 ) -> dict[str, float]:
     """val/top1, val/top5, val/mean_class_acc and data/heldout_bad of a validation list. Collective."""
-    from bevt_fast.training import scoring
+    from bevt_fast.training import scoring  # pyright: ignore[reportAttributeAccessIssue]
 
     scores = scoring.score(
         classifier.to(world.device, dtype).eval(),
@@ -53,21 +52,35 @@ def validate(
 
 def nearest_neighbours(config: FinetuneConfig) -> dict[str, float]:
     """Mode "knn": score the validation list by the labels of the nearest training clips; log.jsonl has the result."""
-    from bevt_fast.data.views import ViewReader
-    from bevt_fast.training import scoring
-
     distributed.read_environment()
     speak(is_main=os.environ["RANK"] == "0")
     check_parts(config)
     source = open_labelled(config)
     heldout = open_heldout(config, source)
-    assert heldout is not None
+    assert heldout is not None  # the configuration has seen to it
     world = distributed.start(config.train.threads)
-    output = Path(config.output)
+    output, dtype = Path(config.output), DTYPES[config.train.precision]
     lock = prepare_output(output, "none", world)
-    dtype = DTYPES[config.train.precision]
-    classifier: Classifier = open_classifier(config)
-    encoder = classifier.encoder.to(world.device, dtype).eval()
+    metrics = Metrics(output, 1, 0, 0, 0, 0.0, world.is_main)
+    try:
+        values = validate(_neighbours(config, source, world, dtype), heldout, config, world, dtype)
+        metrics.log(0, values)
+        if world.is_main:
+            (output / "config.json").write_text(json.dumps(finetune_config.resolved(config), indent=2))
+    finally:
+        metrics.close()
+        torch.distributed.destroy_process_group()
+        if lock:
+            lock.close()
+    return values
+
+
+def _neighbours(config: FinetuneConfig, source: Source, world: World, dtype: torch.dtype) -> NearestNeighbours:
+    """The judge whose bank is the training clips that can be read. Collective."""
+    from bevt_fast.data.views import ViewReader  # pyright: ignore[reportMissingImports]
+    from bevt_fast.training import scoring  # pyright: ignore[reportAttributeAccessIssue]
+
+    encoder = open_classifier(config).encoder.to(world.device, dtype).eval()
     bank = scoring.averaged(
         lambda pixels: encoder(pixels).float().mean(dim=(1, 2, 3)),
         ViewReader(source, _plain_views(config)),
@@ -80,25 +93,14 @@ def nearest_neighbours(config: FinetuneConfig) -> dict[str, float]:
         log.warning("left out %s: %s: %s", record["path"], record["kind"], record["reason"])
     if not len(bank.labels):
         raise DataError(f"data.source: none of the {len(source)} training clips can be read; check the files")
-    options = (config.model.classes, config.train.neighbours, config.train.temperature)
-    judge = NearestNeighbours(encoder, bank.probabilities, bank.labels, *options)
-    values = validate(judge, heldout, config, world, dtype)
-    metrics = Metrics(output, 1, 0, 0, 0, 0.0, world.is_main)
-    metrics.log(0, values)
-    metrics.close()
-    if world.is_main:
-        (output / "config.json").write_text(json.dumps(finetune_config.resolved(config), indent=2))
-        log.info(
-            "%d nearest of %d training clips: top-1 %.1f %%", options[1], len(bank.labels), 100 * values["val/top1"]
-        )
-    torch.distributed.destroy_process_group()
-    if lock:
-        lock.close()
-    return values
+    train = config.train
+    return NearestNeighbours(
+        encoder, bank.probabilities, bank.labels, config.model.classes, train.neighbours, train.temperature
+    )
 
 
 def _plain_views(config: FinetuneConfig) -> Any:
     """One clip and the middle crop after the short side of training."""
-    from bevt_fast.data.views import Views
+    from bevt_fast.data.views import Views  # pyright: ignore[reportMissingImports]
 
     return Views(clips=1, crops=1, size=config.views.size, short_side=config.views.short_side)
