@@ -151,5 +151,5 @@ def test_what_is_no_swin_is_refused():
         started({"layer1.0.conv.weight": torch.zeros(3)})
     weights = Bevt(SHAPE, vocab_size=7).state_dict()
     del weights["encoder.stage.3.blocks.0.mlp.fc2.bias"]
-    with pytest.raises(CheckpointError, match="lacks 1 tensors of the encoder, the first is .*fc2.bias"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors of the encoder, the first is .*fc2\.bias"):
         started(weights)
