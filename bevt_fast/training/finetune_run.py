@@ -160,7 +160,7 @@ class FinetuneRun(Run):
 
     def average(self, step: int, micro: int) -> None:
         """Move the average of the weights, if there is one, after micro-batch `micro` of a step (SPEC 6.3)."""
-        if self.config.train.ema and self.engine.step_applied:
+        if self.config.train.ema:
             self.engine.average(ema.share(step * self.accumulation + micro))
 
     def log(self, step: int, losses: list[ClassLoss]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

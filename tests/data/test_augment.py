@@ -88,7 +88,7 @@ def test_moved_pictures_are_filled_with_grey():
     strong = Strong(False, (0.0, 0.0, 0.0, 0.0), (Operation("translate_x", 0.25),))
     moved = augment.strengthen(clip(1), strong)[0]
     assert (moved[:, :7] == 128).all() and (moved[:, 8:] == clip(1)[0][:, :-8]).all()
-    cut = augment.strengthen(clip(1), Strong(False, (0.0,) * 4, (Operation("cutout", 0.25, (0.5, 0.5)),)))[0]
+    cut = augment.strengthen(clip(1), Strong(False, (0.0, 0.0, 0.0, 0.0), (Operation("cutout", 0.25, (0.5, 0.5)),)))[0]
     assert (cut[12:20, 12:20] == 128).all() and (cut[:12] == clip(1)[0][:12]).all()
 
 

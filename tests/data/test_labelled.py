@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,12 @@ def settings(**changes) -> FinetuneConfig:
     return parse(FinetuneConfig, values, "here")
 
 
+def item_of(reader: LabelledReader, number: int = 0) -> dict[str, Any]:
+    item = reader[number]
+    assert isinstance(item, dict), item
+    return item
+
+
 def first(config: FinetuneConfig, source: Source, count: int, **where) -> list:
     loader = LabelledLoader(config, source, **where)
     try:
@@ -56,7 +63,7 @@ def test_any_number_of_processes_and_workers_reads_the_same(source):
 def test_every_clip_is_seen_once_a_pass_with_its_label(source):
     config = settings()
     reader = LabelledReader(config, source)
-    labels = torch.cat([reader[number]["labels"] for number in range(12)])
+    labels = torch.cat([item_of(reader, number)["labels"] for number in range(12)])
     assert sorted(labels.tolist()) == sorted(np.asarray(source.labels).tolist())
     batch = first(config, source, 1)[0]
     assert batch.pixels.shape == (2, 3, 4, 64, 64) and batch.targets.sum(1).tolist() == [1, 1]
@@ -72,7 +79,7 @@ def test_two_passes_are_drawn_anew(source):
 
 def test_an_erased_rectangle_is_the_mean_colour_in_every_frame(source):
     config = settings(views={"erasing": 1.0})
-    batch, item = first(config, source, 1)[0], LabelledReader(config, source)[0]
+    batch, item = first(config, source, 1)[0], item_of(LabelledReader(config, source))
     plain = first(settings(), source, 1)[0]
     for clip, whole, (top, left, height, width) in zip(batch.pixels, plain.pixels, item["erase"].tolist()):
         assert height * width and not clip[..., top : top + height, left : left + width].any()
@@ -83,7 +90,7 @@ def test_an_erased_rectangle_is_the_mean_colour_in_every_frame(source):
 
 def test_mixing_keeps_shares_of_both_labels(source):
     mixed, plain = (first(settings(mixup=alpha), source, 1)[0] for alpha in (1.0, 0.0))
-    share = LabelledReader(settings(mixup=1.0), source)[0]["mix"]
+    share = item_of(LabelledReader(settings(mixup=1.0), source))["mix"]
     assert 0 < share < 1
     torch.testing.assert_close(mixed.pixels, plain.pixels * share + plain.pixels.flip(0) * (1 - share))
     torch.testing.assert_close(mixed.targets, plain.targets * share + plain.targets.flip(0) * (1 - share))

@@ -1,6 +1,7 @@
 """Starts: every family's weights give every family's features, and every key is accounted for."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_fine_tuned_head_is_taken_where_it_fits():
 
 def test_tables_are_resized_only_when_told():
     weights = Bevt(SHAPE, vocab_size=7).state_dict()
-    wide = VideoSwinConfig(**vars(SHAPE) | {"window": (4, 3, 3)})
+    wide = replace(SHAPE, window=(4, 3, 3))
     with pytest.raises(CheckpointError, match=r"75 rows.*\(4, 3, 3\).*set model.pretrained_window"):
         started(weights, wide)
     classifier, report = started(weights, wide, pretrained_window=(2, 3, 3))
@@ -121,7 +122,7 @@ def test_tables_are_resized_only_when_told():
 def test_2d_tables_are_resized_only_when_told():
     torchvision_models()
     weights = flat_model("torchvision").state_dict()
-    wide = VideoSwinConfig(**vars(SHAPE) | {"window": (2, 4, 4)})
+    wide = replace(SHAPE, window=(2, 4, 4))
     with pytest.raises(CheckpointError, match=r"25 rows.*set\s+model.pretrained_window"):
         started(weights, wide)
     _, report = started(weights, wide, pretrained_window=(1, 3, 3))
@@ -142,7 +143,7 @@ def test_2d_tables_are_resized_only_when_told():
 def test_another_shape_is_one_sentence(change, said):
     weights = Bevt(SHAPE, vocab_size=7).state_dict()
     with pytest.raises(CheckpointError, match=said) as caught:
-        started(weights, VideoSwinConfig(**vars(SHAPE) | change))
+        started(weights, replace(SHAPE, **change))
     assert "\n" not in str(caught.value)
 
 
