@@ -1,0 +1,106 @@
+"""Validation during fine-tuning, and the nearest-neighbour score: one clip, the middle crop (SPEC 6.6)."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bevt_fast import finetune_config
+from bevt_fast.data.sources import Source
+from bevt_fast.errors import DataError
+from bevt_fast.finetune_config import FinetuneConfig
+from bevt_fast.models.probes import NearestNeighbours
+from bevt_fast.training import distributed
+from bevt_fast.training.distributed import World
+from bevt_fast.training.engine import DTYPES
+from bevt_fast.training.finetune_parts import check_parts, open_classifier, open_heldout, open_labelled
+from bevt_fast.training.metrics import Metrics
+from bevt_fast.training.output import prepare_output
+from bevt_fast.training.run import speak
+
+log = logging.getLogger("bevt_fast")
+
+
+def validate(
+    classifier: nn.Module, heldout: Source, config: FinetuneConfig, world: World, dtype: torch.dtype
+) -> dict[str, float]:
+    """val/top1, val/top5, val/mean_class_acc and data/heldout_bad of a validation list. Collective."""
+    from bevt_fast.training import scoring  # pyright: ignore[reportAttributeAccessIssue]
+
+    scores = scoring.score(
+        classifier.to(world.device, dtype).eval(),
+        heldout,
+        _plain_views(config),
+        world,
+        workers=config.data.workers,
+        micro_batch=config.data.micro_batch,
+        dtype=dtype,
+    )
+    for record in scores.bad:
+        log.warning("not scored %s: %s: %s", record["path"], record["kind"], record["reason"])
+    return {
+        "val/top1": scoring.top_k(scores, 1),
+        "val/top5": scoring.top_k(scores, min(5, config.model.classes)),
+        "val/mean_class_acc": scoring.mean_class_accuracy(scores),
+        "data/heldout_bad": float(len(scores.bad)),
+    }
+
+
+def nearest_neighbours(config: FinetuneConfig) -> dict[str, float]:
+    """Mode "knn": score the validation list by the labels of the nearest training clips; log.jsonl has the result."""
+    distributed.read_environment()
+    speak(is_main=os.environ["RANK"] == "0")
+    check_parts(config)
+    source = open_labelled(config)
+    heldout = open_heldout(config, source)
+    assert heldout is not None  # the configuration has seen to it
+    world = distributed.start(config.train.threads)
+    output, dtype = Path(config.output), DTYPES[config.train.precision]
+    lock = prepare_output(output, "none", world)
+    metrics = Metrics(output, 1, 0, 0, 0, 0.0, world.is_main)
+    try:
+        values = validate(_neighbours(config, source, world, dtype), heldout, config, world, dtype)
+        metrics.log(0, values)
+        if world.is_main:
+            (output / "config.json").write_text(json.dumps(finetune_config.resolved(config), indent=2))
+    finally:
+        metrics.close()
+        torch.distributed.destroy_process_group()
+        if lock:
+            lock.close()
+    return values
+
+
+def _neighbours(config: FinetuneConfig, source: Source, world: World, dtype: torch.dtype) -> NearestNeighbours:
+    """The judge whose bank is the training clips that can be read. Collective."""
+    from bevt_fast.data.views import ViewReader  # pyright: ignore[reportMissingImports]
+    from bevt_fast.training import scoring  # pyright: ignore[reportAttributeAccessIssue]
+
+    encoder = open_classifier(config).encoder.to(world.device, dtype).eval()
+    bank = scoring.averaged(
+        lambda pixels: encoder(pixels).float().mean(dim=(1, 2, 3)),
+        ViewReader(source, _plain_views(config)),
+        world,
+        workers=config.data.workers,
+        micro_batch=config.data.micro_batch,
+        dtype=dtype,
+    )
+    for record in bank.bad:
+        log.warning("left out %s: %s: %s", record["path"], record["kind"], record["reason"])
+    if not len(bank.labels):
+        raise DataError(f"data.source: none of the {len(source)} training clips can be read; check the files")
+    train = config.train
+    return NearestNeighbours(
+        encoder, bank.probabilities, bank.labels, config.model.classes, train.neighbours, train.temperature
+    )
+
+
+def _plain_views(config: FinetuneConfig) -> Any:
+    """One clip and the middle crop after the short side of training."""
+    from bevt_fast.data.views import Views  # pyright: ignore[reportMissingImports]
+
+    return Views(clips=1, crops=1, size=config.views.size, short_side=config.views.short_side)
