@@ -1,10 +1,8 @@
-"""Scores of a tiny classifier as JSON, for one of several processes: `scoring_checks.py ROOT OUT`.
-
-The launcher's variables say which process this is; every process writes OUT.<rank>.
-"""
+"""A tiny classifier's scores of a folder of videos, by one of several processes."""
 
 import json
-import sys
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ VIEWS = Views(clips=1, crops=3, size=32, short_side=32)
 def labelled(root: Path, classes: int = 3) -> Source:
     """The videos below `root` in order, labelled 0, 1, 2, 0, ..."""
     source = sources.build(Part(name="file_list", options={"root": str(root), "frames": 4, "stride": 2}))
-    return Source(**vars(source) | {"labels": np.arange(len(source)) % classes})
+    return replace(source, labels=np.arange(len(source)) % classes)
 
 
 def tiny_classifier() -> Classifier:
@@ -43,8 +41,10 @@ def as_json(scores: Scores) -> dict:
     return {"indices": scores.indices.tolist(), "labels": scores.labels.tolist(), "bits": bits, "bad": scores.bad}
 
 
-if __name__ == "__main__":
-    root, out = Path(sys.argv[1]), sys.argv[2]
+def run(rank: int, root: Path, out: Path, place: dict[str, str]) -> None:
+    """Score as process `rank` of the group that `place` describes, and write OUT.<rank>."""
+    torch.set_num_threads(1)
+    os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     world = distributed.start(1)
     found = score(tiny_classifier(), labelled(root), VIEWS, world, workers=0, micro_batch=6)
     Path(f"{out}.{world.rank}").write_text(json.dumps(as_json(found)))

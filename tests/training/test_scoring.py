@@ -1,9 +1,7 @@
 """Every video once, the same bits for any number of processes, and numbers worked out by hand."""
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +16,7 @@ from bevt_fast.training import scoring
 from bevt_fast.training.distributed import World
 from bevt_fast.training.scoring import Scores, score
 from tests.data.media import video
-from tests.training.command import ROOT, environment
-from tests.training.scoring_checks import VIEWS, as_json, labelled, tiny_classifier
+from tests.training.scoring_checks import VIEWS, as_json, labelled, run, tiny_classifier
 from tests.training.test_distributed import free_ports
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -47,17 +44,16 @@ def scores_of(rows: list[list[float]], labels: list[int]) -> Scores:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_has_the_bits_of_one(root: Path, alone: Scores, tmp_path: Path, processes: int) -> None:
-    script = Path(__file__).with_name("scoring_checks.py")
     (port,) = free_ports(1)
-    common = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    command = [sys.executable, str(script), str(root), str(tmp_path / "scores")]
-    started = [
-        subprocess.Popen(command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **common), cwd=ROOT)
-        for rank in range(processes)
-    ]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    fork = multiprocessing.get_context("fork")  # starting Python and torch would take longer than all else
+    started = [fork.Process(target=run, args=(k, root, tmp_path / "scores", place)) for k in range(processes)]
     try:
-        assert [process.wait(timeout=120) for process in started] == [0] * processes
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout=60)
+        assert [process.exitcode for process in started] == [0] * processes
     finally:
         for process in started:
             process.kill()
