@@ -57,7 +57,7 @@ def test_an_evaluation_leaves_numbers_tables_and_a_picture(place, expected, tmp_
     assert results["mean_class_accuracy"] == scoring.mean_class_accuracy(expected)
     assert (results["videos"], results["scored"], results["bad"]) == (7, 6, 1)
     assert results["views"] == {"clips": 1, "crops": 3, "size": 32, "short_side": 32}
-    assert f"top-1 {results['top1']:.2%}" in said.out and "1 videos cannot be read" in said.out
+    assert f"top-1 {results['top1']:.2%}" in said.out and "which were not scored: 1" in said.out
     assert "not scored: " in said.err and "3.mp4" in said.err
     rows = list(csv.DictReader((tmp_path / "out" / "per_class.csv").open()))
     assert [row["name"] for row in rows] == CLASSES

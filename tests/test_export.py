@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_other_logits_are_noticed(model, tmp_path, capsys, monkeypatch):
 
 
 def test_without_torchvision_one_sentence(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(exporting.importlib.sys.modules, "torchvision.models.video.swin_transformer", None)
+    monkeypatch.setitem(sys.modules, "torchvision.models.video.swin_transformer", None)
     arguments = ("--checkpoint", model, "--to", "torchvision", "--out", tmp_path / "a.pth")
     assert ask(*arguments, program=export) == 0
     assert "logits are not compared with torchvision's" in capsys.readouterr().out
@@ -146,12 +148,13 @@ def test_bad_input_is_answered_with_one_sentence(model, capsys, arguments, code,
 
 
 def test_hub_entry_points_build_from_our_files(model):
-    classify = torch.hub.load(str(ROOT), "bevt_classifier", source="local", checkpoint=str(model))
+    def from_hub(name: str, **options: Any) -> Any:
+        return torch.hub.load(str(ROOT), name, source="local", **options)
+
     pixels = torch.randn(1, 3, 4, 32, 32)
     with torch.no_grad():
-        assert torch.equal(classify(pixels), classifier()(pixels))
-        encoder = torch.hub.load(str(ROOT), "bevt_encoder", source="local", checkpoint=str(model))
-        assert torch.equal(encoder(pixels), classifier().encoder(pixels))
+        assert torch.equal(from_hub("bevt_classifier", checkpoint=str(model))(pixels), classifier()(pixels))
+        assert torch.equal(from_hub("bevt_encoder", checkpoint=str(model))(pixels), classifier().encoder(pixels))
     with torch.device("meta"):
-        random = torch.hub.load(str(ROOT), "bevt_classifier", source="local", size="tiny", classes=7)
+        random = from_hub("bevt_classifier", size="tiny", classes=7)
     assert random.class_head.out_features == 7 and not random.training

@@ -64,7 +64,8 @@ class ViewReader(Dataset):
             raise ConfigError(f"the order of frames is one of {', '.join(TEMPORAL)}, not {temporal!r}")
         if not len(source):
             raise DataError(f"the source {source.name!r} has no files to look at")
-        self.source, self.views, self.temporal, self.seed = source, views, temporal, seed
+        self.source, self.views, self.seed = source, views, seed
+        self.temporal: Temporal = temporal
         self.frames = views.check(source.frames)
 
     def __len__(self) -> int:

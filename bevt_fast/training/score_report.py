@@ -42,7 +42,7 @@ def lines(found: Mapping[str, Mapping[str, Any]], views: Views) -> list[str]:
         f"{normal['mean_class_accuracy']:.2%}  ({normal['scored']:,} videos, {views.clips} x {views.crops} views)"
     ]
     if normal["bad"]:
-        said.append(f"{normal['bad']:,} videos cannot be read and were not scored")
+        said.append(f"videos that cannot be read, which were not scored: {normal['bad']:,}")
     if len(found) > 1:
         said.append(f"{'frames':<18}{'top-1':>9}{'drop':>9}")
         for name, values in found.items():
@@ -57,7 +57,7 @@ def write(out: Path, results: Mapping[str, Any], scores: Scores, names: Sequence
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "bad.jsonl").write_text("".join(json.dumps(record) + "\n" for record in scores.bad))
     with (out / "per_class.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in scoring.per_class(scores):
             other = row["taken_for"]
