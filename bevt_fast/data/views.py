@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bevt_fast.data import decode, pipeline_reference, sampling
+from bevt_fast.data.crashes import NOTHING, Crashes, Reading
 from bevt_fast.data.faults import BadFile, twice
 from bevt_fast.data.reader import LARGEST_PICTURE
 from bevt_fast.data.sampling import Crop
@@ -67,6 +68,7 @@ class ViewReader(Dataset):
         self.source, self.views, self.seed = source, views, seed
         self.temporal: Temporal = temporal
         self.frames = views.check(source.frames)
+        self.crashes = Crashes()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -75,12 +77,15 @@ class ViewReader(Dataset):
         label = -1 if self.source.labels is None else int(self.source.labels[index])
         item: dict[str, Any] = {"index": index, "label": label, "bad": None}
         try:
+            self.crashes.begin(Reading(index), self.source.path(index))
             return item | {"pixels": torch.from_numpy(self.pixels(index))}
         except BadFile as error:
             side = self.views.size
             nothing = torch.empty((0, self.frames.count, side, side, 3), dtype=torch.uint8)
             bad = {"path": str(self.source.path(index)), "kind": error.kind, "reason": error.reason}
             return item | {"pixels": nothing, "bad": bad}
+        finally:
+            self.crashes.note(NOTHING)
 
     def pixels(self, index: int) -> np.ndarray:
         """The views of video `index`, (clips * crops, T, S, S, 3) uint8. Raises BadFile."""

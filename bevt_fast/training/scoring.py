@@ -5,7 +5,10 @@ goes through the network together, so the shapes of all matrix products, and wit
 process. Nothing is padded and nothing counts twice. A file that no decoder opens is counted and reported, never scored.
 """
 
+import gc
 import json
+import multiprocessing
+import multiprocessing.connection
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from bevt_fast.data.loader import MAX_RESTARTS, sigchld_unchanged
 from bevt_fast.data.pipeline_reference import normalise
 from bevt_fast.data.sources import Source
 from bevt_fast.data.views import Temporal, ViewReader, Views
@@ -181,23 +185,46 @@ def per_class(scores: Scores) -> list[dict[str, Any]]:
 
 
 def _read(reader: ViewReader, groups: Sequence[range], workers: int) -> Iterator[list[dict[str, Any]]]:
-    """The items of each group, in order. Raises DataError where a reading process dies."""
+    """The items of each group, in order, also where a file ends the process that reads it: what two have died of is
+    refused. Raises DataError where they die of nothing in particular.
+    """
+    done = unexplained = 0
+    while done < len(groups):
+        items, started = _start(reader, groups[done:], workers)
+        try:
+            for item in items:
+                done += 1
+                yield item
+        except (RuntimeError, OSError, EOFError):  # the last two: a dead worker's item cannot be fetched
+            if not multiprocessing.connection.wait([worker.sentinel for worker in started], timeout=1.0):
+                raise  # an error inside a worker, not its death
+            dead = {worker.pid for worker in started if worker.exitcode not in (None, 0, -signal.SIGKILL)}
+            unexplained += -1 if reader.crashes.blame(dead) else 1
+            if unexplained > MAX_RESTARTS:
+                raise DataError(
+                    f"the processes that read {reader.source.name} die; if memory or /dev/shm ran out take fewer "
+                    "--workers, else look for the file with `prepare.py verify`"
+                ) from None
+        finally:
+            del items  # ends its workers
+
+
+def _start(reader: ViewReader, groups: Sequence[range], workers: int) -> tuple[Iterator[list[dict[str, Any]]], list]:
+    """The items of the groups, and the processes that read them."""
+    workers = min(workers, len(groups))
     loader = DataLoader(
         _Groups(reader, groups),
         batch_size=None,
-        num_workers=min(workers, len(groups)),
+        num_workers=workers,
         worker_init_fn=_settle,
         generator=torch.Generator(),  # its own: scoring must not draw from the one that training uses
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a process that reads {reader.source.name} died; find the file with `prepare.py verify`, and if memory or "
-            "/dev/shm ran out take fewer --workers"
-        ) from None
+    gc.collect()  # as in `data.loader`: no decoder's threads may be left to a fork
+    reader.crashes.watch(workers)
+    before = set(multiprocessing.active_children())
+    with sigchld_unchanged():
+        items = iter(loader)
+    return items, [child for child in multiprocessing.active_children() if child not in before]
 
 
 class _Groups(torch.utils.data.Dataset):

@@ -1,7 +1,10 @@
 """Every video once, the same bits for any number of processes, and numbers worked out by hand."""
 
+import faulthandler
 import json
 import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import dataloader
 
+from bevt_fast.data import decode
 from bevt_fast.data.views import TEMPORAL, ViewReader, Views
 from bevt_fast.errors import DataError, NumericalError
 from bevt_fast.training import scoring
@@ -87,6 +92,29 @@ def test_workers_change_nothing_and_the_model_goes_on_training(root: Path, alone
     found = score(model, labelled(root), VIEWS, ALONE, workers=1, micro_batch=6)
     assert as_json(found) == as_json(alone)
     assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_file_that_ends_its_reader_is_refused_and_the_rest_scored(root: Path, alone, monkeypatch, number) -> None:
+    read, here = decode.read_frames, os.getpid()
+
+    def crashing(path, *arguments):
+        if os.getpid() != here and Path(path).name == "5.mp4":
+            faulthandler.disable()
+            os.kill(os.getpid(), number)
+        return read(path, *arguments)
+
+    monkeypatch.setattr(decode, "read_frames", crashing)
+    # torch looks every five seconds whether a worker is dead
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    if number == signal.SIGKILL:  # how a machine gets its memory back: it accuses no file
+        with pytest.raises(DataError, match="take fewer --workers"):
+            score(tiny_classifier(), labelled(root), VIEWS, ALONE, workers=1, micro_batch=6)
+        return
+    found = score(tiny_classifier(), labelled(root), VIEWS, ALONE, workers=1, micro_batch=6)
+    assert found.indices.tolist() == [0, 1, 2, 4, 6]
+    assert [(record["index"], record["kind"]) for record in found.bad] == [(BAD, found.bad[0]["kind"]), (5, "crash")]
+    assert torch.equal(found.probabilities[:3], alone.probabilities[:3])
 
 
 def test_the_micro_batch_changes_only_what_rounding_does(root: Path, alone: Scores) -> None:
