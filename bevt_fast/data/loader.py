@@ -250,7 +250,7 @@ class Feed:
         gc.collect()
         self.reader.crashes.watch(self.data.workers)
         before = set(multiprocessing.active_children())
-        with _sigchld_unchanged():
+        with sigchld_unchanged():
             self._items = iter(loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
 
@@ -294,7 +294,7 @@ def _settle(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _sigchld_unchanged() -> Iterator[None]:
+def sigchld_unchanged() -> Iterator[None]:
     """torch's handler would raise wherever the trainer is when a worker dies; `Feed.next` finds out by itself."""
     before = signal.getsignal(signal.SIGCHLD)
     yield

@@ -227,7 +227,7 @@ def test_bad_options_are_one_sentence(tmp_path, capsys, arguments, code, words):
 def test_a_configuration_of_the_repository_decides_sizes_precision_and_tokenizer(tmp_path, capsys):
     chosen = ["--config", "configs/demo.json", "--device", "cpu", "--engine", "plain", "--contenders", "main"]
     chosen += ["--no-compile", "--units", "1", "--detail", "none", "--rounds", "1", "--out", str(tmp_path)]
-    chosen += ["--set", "tokenizer.options.weights=nowhere/centroids.safetensors"]  # where the demo has run, there are some
+    chosen += ["--set", "tokenizer.options.weights=nowhere/centroids.safetensors"]  # the demo leaves some
     assert throughput.main(chosen) == 0
     said = capsys.readouterr().out
     assert "8 images of 1 x 96^2 and 1 clips of 8 x 96^2, Swin width 24, fp32" in said
