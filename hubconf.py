@@ -24,7 +24,8 @@ def bevt_classifier(checkpoint: str | None = None, **model: Any):
 
         classes = model.pop("classes", 400)
         return Classifier(VideoSwinConfig.preset(model.pop("size", "base"), **model), classes).eval()
-    from bevt_fast.training.restored import Given, restore
+    from bevt_fast.training.described import Given
+    from bevt_fast.training.restored import restore
 
     return restore(Given(checkpoint, **model)).classifier
 
@@ -33,6 +34,7 @@ def bevt_encoder(checkpoint: str | None = None, **model: Any):
     """The encoder alone: clips (B, 3, T, H, W) to (B, t, h, w, C), from a pretrained or a fine-tuned checkpoint."""
     if checkpoint is None:
         return bevt_classifier(None, **model).encoder
-    from bevt_fast.training.restored import Given, restore
+    from bevt_fast.training.described import Given
+    from bevt_fast.training.restored import restore
 
     return restore(Given(checkpoint, **model), needs_classes=False).classifier.encoder

@@ -34,7 +34,7 @@ PREDICTIONS = (".json", ".csv")
 
 def command_line(argv: list[str]) -> argparse.Namespace:
     """The options. The first word says which program: `predict`, `extract`, or without either the evaluation."""
-    from bevt_fast.training.restored import add_options
+    from bevt_fast.training.described import add_options
 
     program = argv[0] if argv and argv[0] in PROGRAMS else None
     summary, examples = str(__doc__).split("\n", 1)
@@ -168,9 +168,9 @@ def _opened(options: argparse.Namespace, needs_classes: bool = True) -> "tuple[R
     """The model, the videos, and how they are looked at."""
     from bevt_fast.config import parse
     from bevt_fast.data.sources import ClipOptions
-    from bevt_fast.training import restored, test_data
+    from bevt_fast.training import described, restored, test_data
 
-    model = restored.restore(restored.given_of(options), needs_classes)
+    model = restored.restore(described.given_of(options), needs_classes)
     drawn = {name: value for name in ("frames", "stride", "mode") if (value := getattr(options, name)) is not None}
     if drawn and options.data is None:
         raise ConfigError(f"--{next(iter(drawn))} belongs to --data; a source says itself how frames are drawn")

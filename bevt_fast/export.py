@@ -36,7 +36,7 @@ SUFFIXES = {
 
 def command_line(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
-    from bevt_fast.training.restored import add_options
+    from bevt_fast.training.described import add_options
 
     summary, examples = str(__doc__).split("\n", 1)
     parser = argparse.ArgumentParser(
@@ -56,7 +56,8 @@ def export(options: argparse.Namespace) -> list[str]:
     out = Path(options.out)
     _check_target(options.to, out, options.overwrite)
     from bevt_fast.training import exported
-    from bevt_fast.training.restored import given_of, restore
+    from bevt_fast.training.described import given_of
+    from bevt_fast.training.restored import restore
 
     restored = restore(given_of(options))
     try:

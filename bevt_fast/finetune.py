@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from bevt_fast.data.labelled import LabelledClips
 from bevt_fast.objectives.classification import ClassLoss
 from bevt_fast.training.finetune_run import FinetuneRun, build
+from bevt_fast.training.validation import nearest_neighbours
 
 if TYPE_CHECKING:
     from bevt_fast.training.engine import Engine
@@ -74,8 +75,6 @@ def main(config: FinetuneConfig, resume: str = "none", dry_run: bool = False) ->
             print(paragraph, flush=True)
         return 0
     if config.train.mode == "knn":
-        from bevt_fast.training.validation import nearest_neighbours
-
         nearest_neighbours(config)
         return 0
     run = build(config, resume)

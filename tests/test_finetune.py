@@ -1,18 +1,14 @@
 """Fine-tuning runs: they learn, log, validate, go on bit by bit, and refuse what does not fit with one sentence."""
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import bevt_fast.data
-import bevt_fast.training
 from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.probes import NearestNeighbours
 from bevt_fast.models.video_swin import VideoSwinConfig
@@ -21,40 +17,6 @@ from tests.training.conftest import SHAPES, Finished
 
 SIZE = {"embed_dim": 16, "depths": [1, 1, 1, 1], "heads": [1, 2, 4, 8]}
 SHAPE = VideoSwinConfig(embed_dim=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), window=(2, 2, 2))
-
-
-class Scores(NamedTuple):
-    indices: torch.Tensor
-    labels: torch.Tensor
-    probabilities: torch.Tensor
-    bad: list[dict[str, Any]]
-
-
-def answers(forward, source, dtype) -> Scores:
-    """What `forward` says of noise that is the same for the same clip."""
-    pixels = torch.stack([torch.randn(3, 4, 64, 64, generator=torch.Generator().manual_seed(k)) for k in range(12)])
-    with torch.no_grad():
-        values = forward(pixels.to(dtype)).float()
-    return Scores(torch.arange(12), torch.from_numpy(source.labels[:12]), values, [])
-
-
-@pytest.fixture(autouse=True)
-def scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for multi-view scoring, which has its own tests: twelve clips of noise."""
-    views, scores = types.ModuleType("views"), types.ModuleType("scoring")
-    views.Views, views.ViewReader = lambda **options: options, lambda source, views: source  # pyright: ignore
-
-    def score(classifier, source, views, world, *, workers, micro_batch, dtype):
-        assert not classifier.training and views == {"clips": 1, "crops": 1, "size": 64, "short_side": 64}
-        return answers(lambda pixels: classifier(pixels).softmax(-1), source, dtype)
-
-    scores.score = score  # pyright: ignore
-    scores.averaged = lambda forward, source, world, dtype, **_: answers(forward, source, dtype)  # pyright: ignore
-    scores.top_k = lambda s, k: (s.probabilities.topk(k).indices == s.labels[:, None]).any(1).float().mean().item()  # pyright: ignore
-    scores.mean_class_accuracy = lambda s: 0.5  # pyright: ignore
-    for package, name, module in ((bevt_fast.data, "views", views), (bevt_fast.training, "scoring", scores)):
-        monkeypatch.setattr(package, name, module, raising=False)
-        monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", module)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +133,8 @@ def test_nearest_neighbours_find_the_clips_they_know(start, tmp_path):
 
 def test_votes_are_weighted_by_nearness():
     bank = torch.eye(4)
-    judge = NearestNeighbours(lambda x: x, bank, torch.tensor([0, 1, 1, 2]), 3, neighbours=9, temperature=0.1)
+    itself: Any = torch.nn.Identity()
+    judge = NearestNeighbours(itself, bank, torch.tensor([0, 1, 1, 2]), 3, neighbours=9, temperature=0.1)
     votes = judge(torch.tensor([0.9, 0.3, 0.3, 0.0])[None, None, None, None]).softmax(-1)[0]
     assert votes.argmax() == 0 and votes[1] > votes[2] and votes.sum() == pytest.approx(1)
 

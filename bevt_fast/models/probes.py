@@ -3,14 +3,13 @@
 Their input is F4 after the final norm, (B, t, h, w, K), as `VideoSwin` gives it.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from bevt_fast.models.classifier import Classifier
+from bevt_fast.models.video_swin import VideoSwin
 
 
 class Probe(nn.Module):
@@ -28,7 +27,8 @@ class Probe(nn.Module):
 
 class NearestNeighbours(nn.Module):
     """Logits whose softmax is the vote of the `neighbours` nearest training clips, weighted by exp(cosine /
-    temperature) (Wu et al. 2018). It has no parameter that learns.
+    temperature) (Wu et al. 2018). It has no parameter that learns; the features and labels of the clips are saved with
+    the encoder.
     """
 
     bank: Tensor
@@ -36,7 +36,7 @@ class NearestNeighbours(nn.Module):
 
     def __init__(
         self,
-        encoder: Callable[[Tensor], Tensor],
+        encoder: VideoSwin,
         bank: Float[Tensor, "n K"],
         labels: Int64[Tensor, " n"],
         classes: int,
@@ -46,8 +46,8 @@ class NearestNeighbours(nn.Module):
         super().__init__()
         self.encoder, self.classes, self.temperature = encoder, classes, temperature
         self.neighbours = min(neighbours, len(bank))
-        self.register_buffer("bank", F.normalize(bank.float(), dim=1), persistent=False)
-        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("bank", F.normalize(bank.float(), dim=1))
+        self.register_buffer("labels", labels)
 
     def forward(self, pixels: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B classes"]:
         """Clips to log-votes."""

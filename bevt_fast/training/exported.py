@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bevt_fast.errors import CheckpointError, MachineError
 from bevt_fast.models import official, torchvision_names, weights
@@ -38,7 +38,8 @@ def write_directory(restored: Restored, out: Path) -> list[str]:
 
 def write_names(restored: Restored, out: Path, target: str) -> list[str]:
     """The weights under `target`'s names: plain tensors, which torch.load opens with weights_only=True."""
-    ours, shape = restored.classifier.state_dict(), restored.description.shape
+    classifier, shape = _plain(restored), restored.description.shape
+    ours = classifier.state_dict()
     if target == "official":
         theirs = official.to_official(ours)
         _save(theirs, out, wrap=True)
@@ -49,7 +50,18 @@ def write_names(restored: Restored, out: Path, target: str) -> list[str]:
     read = weights.read(out)
     _require_same_bits(torchvision_names.from_torchvision(read), ours, out)
     said = f"wrote {out}: {len(theirs)} tensors, the same bits when read back"
-    return [said, compared_with_torchvision(restored.classifier, read, shape)]
+    return [said, compared_with_torchvision(classifier, read, shape)]
+
+
+def _plain(restored: Restored) -> Classifier:
+    """The classifier, if it is the encoder, a mean and one layer: what others have names for."""
+    classifier = restored.classifier
+    if isinstance(classifier, Classifier) and classifier.pool is None:
+        return classifier
+    what = "an attentive pooling" if isinstance(classifier, Classifier) else "a vote of the nearest clips"
+    raise CheckpointError(
+        f"{restored.path} ends in {what}, which only our own names know; export it to safetensors, torch_export or onnx"
+    )
 
 
 def compared_with_torchvision(classifier: Classifier, theirs: dict[str, Tensor], shape: VideoSwinConfig) -> str:
@@ -80,7 +92,7 @@ def compared_with_torchvision(classifier: Classifier, theirs: dict[str, Tensor],
     return f"torchvision's swin3d has the same logits: they differ by {far:.1e} at most"
 
 
-def write_program(classifier: Classifier, out: Path, clip: Clip) -> list[str]:
+def write_program(classifier: nn.Module, out: Path, clip: Clip) -> list[str]:
     """The classifier as a torch.export program for clips (1, 3, T, H, W), compared after it is read back."""
     pixels = _clip(clip)
     with _traceable():
@@ -89,7 +101,7 @@ def write_program(classifier: Classifier, out: Path, clip: Clip) -> list[str]:
     return [_agreed(out, far, clip)]
 
 
-def write_onnx(classifier: Classifier, out: Path, clip: Clip) -> list[str]:
+def write_onnx(classifier: nn.Module, out: Path, clip: Clip) -> list[str]:
     """The classifier as an ONNX graph for clips (1, 3, T, H, W), compared by ONNX Runtime or the reference of onnx."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -120,7 +132,7 @@ def _traceable() -> Iterator[None]:
         yield
 
 
-def _logits(classifier: Classifier, pixels: Tensor) -> Tensor:
+def _logits(classifier: nn.Module, pixels: Tensor) -> Tensor:
     with _traceable():
         return classifier(pixels)
 

@@ -217,8 +217,11 @@ class FinetuneRun(Run):
                 "the steps since the one before again"
             )
         last = self.last_step - 1
-        if self.is_validated(last) and not any(row["step"] == last for row in self._validated()):
-            self.validate(last)
+        if self.is_validated(last):
+            # the main process alone reads its log: another may see an older one, and scoring takes all of them
+            missing = self.world.is_main and not any(row["step"] == last for row in self._validated())
+            if distributed.agree(int(missing), self.world.device):
+                self.validate(last)
         if self.world.is_main:
             log.info("%s", self.summary())
 

@@ -23,7 +23,7 @@ from bevt_fast.data.loader import MAX_RESTARTS, sigchld_unchanged
 from bevt_fast.data.pipeline_reference import normalise
 from bevt_fast.data.sources import Source
 from bevt_fast.data.views import Temporal, ViewReader, Views
-from bevt_fast.errors import DataError, NumericalError
+from bevt_fast.errors import DataError, MachineError, NumericalError
 from bevt_fast.training import distributed
 from bevt_fast.training.distributed import World
 
@@ -54,8 +54,15 @@ def score(
     """The class probabilities of every video: softmax in float32, averaged over its views.
 
     `micro_batch` views go through the network at once, pixels as `dtype`. The classifier is put into `eval` for this
-    and back. Raises NumericalError where a probability is not finite: such a video has no highest one.
+    and back. It must be whole on every process: processes score different numbers of batches, so one that gathers its
+    weights together with the others (ZeRO stage 3) would wait for them without end, and is refused with MachineError.
+    Raises NumericalError where a probability is not finite: such a video has no highest one.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in classifier.parameters()):
+        raise MachineError(
+            "a classifier that ZeRO stage 3 has spread over the processes cannot be scored; load its whole weights "
+            "into a classifier of their own, as a checkpoint has them"
+        )
     was_training = classifier.training
     classifier.eval()
     reader = ViewReader(source, views, temporal, seed)
