@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bevt_fast.errors import CheckpointError
-from bevt_fast.models import official
+from bevt_fast.models import official, torchvision_names
 from bevt_fast.models.official import TABLE
 from bevt_fast.models.video_swin import Triple, VideoSwinConfig
 from bevt_fast.models.weights import unwrap
 
-# a block's names in torchvision and transformers (its newer and its older form), and the official ones
+# a block's names in transformers (its newer and its older form), and the official ones
 IN_A_BLOCK = (
-    (".mlp.0.", ".mlp.fc1."),
-    (".mlp.3.", ".mlp.fc2."),
     (".attention.relative_position_bias.", ".attn."),
     (".attention.o_proj.", ".attn.proj."),
     (".attention.output.dense.", ".attn.proj."),
@@ -108,7 +106,7 @@ def _in_our_names(
         if "encoder.stem.projection.weight" in weights:
             return weights, unused, False
         return official.inflate_image_checkpoint(weights, config, unused), unused, True
-    weights = as_official(weights)
+    weights = as_official(weights, unused)
     kernel = next((value for key, value in weights.items() if key.endswith("patch_embed.proj.weight")), None)
     if kernel is None:
         raise CheckpointError(
@@ -122,10 +120,12 @@ def _in_our_names(
     return official.from_official(weights, unused), unused, False
 
 
-def as_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's, timm's and transformers' names to Microsoft's; those stay as they are."""
-    if any(key.startswith("features.") for key in weights):
-        return _from_torchvision(weights)
+def as_official(weights: Mapping[str, Tensor], dropped: list[str] | None = None) -> dict[str, Tensor]:
+    """torchvision's, timm's and transformers' names to Microsoft's; those stay as they are. What is recomputed may be
+    left out, and is then appended to `dropped`.
+    """
+    if torchvision_names.is_torchvision(weights):
+        return official.to_official(torchvision_names.from_torchvision(weights, dropped))
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in weights):
         return _from_transformers(weights)
     # timm puts a merging at the beginning of the stage behind it, Microsoft at the end of the one before
@@ -135,40 +135,21 @@ def as_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _from_torchvision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stages and mergings alternate in `features`; a 2-D Swin has its stem in front."""
-    first = 1 if "features.0.0.weight" in weights else 0
-    renamed = {}
-    for key, value in weights.items():
-        if first:
-            key = key.replace("features.0.0.", "patch_embed.proj.").replace("features.0.2.", "patch_embed.norm.")
-        if key.startswith("features."):
-            _, number, *rest = key.split(".")
-            stage, merging = divmod(int(number) - first, 2)
-            key = ".".join([f"layers.{stage}", "downsample" if merging else "blocks", *rest])
-        renamed[_renamed(key)] = value
-    return renamed
-
-
 def _from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Queries, keys and values are three layers there and one here."""
     renamed = {}
     for key, value in weights.items():
         for theirs, ours in TRANSFORMERS:
             key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
-        renamed[_renamed(key)] = value
+        if ".blocks." in key:
+            for theirs, ours in IN_A_BLOCK:
+                key = key.replace(theirs, ours)
+        renamed[key] = value
     for key in [key for key in renamed if any(f".attn.{name}." in key for name in PARTS[0])]:
         names = next(names for names in zip(*PARTS) if f".{names[0]}." in key)
         parts = [renamed.pop(key.replace(names[0], name)) for name in names]
         renamed[key.replace(names[0], "qkv")] = torch.cat(parts)
     return renamed
-
-
-def _renamed(key: str) -> str:
-    if ".blocks." in key:
-        for theirs, ours in IN_A_BLOCK:
-            key = key.replace(theirs, ours)
-    return key
 
 
 def _require_same_kernel(kernel: Tensor, config: VideoSwinConfig) -> None:
@@ -208,7 +189,11 @@ def _require_same_shape(
         raise CheckpointError(
             f"the checkpoint has {depths} blocks, the model {config.depths}; set model.size to that of the checkpoint"
         )
-    table = weights[f"encoder.stage.0.blocks.0.attention.{TABLE}"]
+    name = f"encoder.stage.0.blocks.0.attention.{TABLE}"
+    if (table := weights.get(name)) is None or table.ndim != 2:
+        raise CheckpointError(
+            f"the checkpoint has no {name}, so it is no Swin with relative positions; take another one"
+        )
     if table.shape[1] != config.heads[0]:
         raise CheckpointError(
             f"the checkpoint has {table.shape[1]} heads in its first stage, the model {config.heads[0]}; set "

@@ -1,4 +1,5 @@
-"""torchvision's swin3d names: ours to theirs and back, a renaming and an index that follows from the window.
+"""torchvision's names of swin3d: ours to theirs and back, a renaming and an index that follows from the window; and of
+its 2-D swin, to ours alone.
 
 torchvision has the official bias index (SPEC X2): its logits are those of a classifier with bias_index "official", and
 of one with "true" wherever no stage is lower or narrower than the window.
@@ -26,11 +27,13 @@ WITHIN = ((".attention.projection.", ".attn.proj."), (".attention.", ".attn."), 
 WITHIN += ((".mlp.fc2.", ".mlp.3."),)
 OURS = re.compile(r"encoder\.stage\.(\d)\.(?:blocks\.(\d+)|(merging))\.(.+)")
 THEIRS = re.compile(r"features\.(\d)\.(.+)")
+FLAT_STEM = (("features.0.0.", "patch_embed.proj."), ("features.0.2.", "patch_embed.norm."))  # of 2-D, and of swin3d
 
 
 def is_torchvision(weights: StateDict) -> bool:
-    """Whether names are those of torchvision's swin3d."""
-    return any(THEIRS.fullmatch(key) for key in weights) and "patch_embed.proj.weight" in weights
+    """Whether names are those of torchvision's swin3d or swin."""
+    stems = ("patch_embed.proj.weight", f"{FLAT_STEM[0][0]}weight")
+    return any(THEIRS.fullmatch(key) for key in weights) and any(stem in weights for stem in stems)
 
 
 def to_torchvision(weights: StateDict, config: VideoSwinConfig) -> dict[str, Tensor]:
@@ -48,7 +51,12 @@ def to_torchvision(weights: StateDict, config: VideoSwinConfig) -> dict[str, Ten
 
 
 def from_torchvision(weights: StateDict, dropped: list[str] | None = None) -> dict[str, Tensor]:
-    """The weights of torchvision's swin3d in our names. Index buffers are left out and appended to `dropped`."""
+    """The weights of torchvision's swin3d in our names. Index buffers are left out and appended to `dropped`.
+
+    Those of its 2-D swin keep their shapes: a stem of four axes, and tables of one plane.
+    """
+    if f"{FLAT_STEM[0][0]}weight" in weights:
+        weights = {_of_swin3d(key): value for key, value in weights.items()}
     ours = {}
     for key, value in weights.items():
         if key.endswith(INDEX):
@@ -81,7 +89,15 @@ def _their_name(key: str) -> str:
     for ours, theirs in AROUND:
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)
-    raise CheckpointError(f"torchvision's swin3d has no place for {key}; only a classifier can be exported to it")
+    raise CheckpointError(f"torchvision's swin3d has no place for {key}; export a classifier alone")
+
+
+def _of_swin3d(key: str) -> str:
+    """A name of the 2-D swin as swin3d has it, which keeps its stem elsewhere, so that its stages begin one earlier."""
+    for flat, deep in FLAT_STEM:
+        key = key.replace(flat, deep)
+    match = THEIRS.fullmatch(key)
+    return f"features.{int(match[1]) - 1}.{match[2]}" if match else key
 
 
 def _our_name(key: str) -> str:

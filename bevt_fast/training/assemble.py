@@ -202,10 +202,20 @@ def find_weights(path: str, key: str, first: str) -> tuple[Path, dict[str, torch
             f"{key}: {path} is not there; {first}, name a weights file, "
             f"or drop the key (--set {key}=null) to start from random weights"
         )
+    if (found := weights_at(place)) is None:
+        raise CheckpointError(f"{key}: {path} holds no checkpoint yet; train it first, or name a file")
+    return found
+
+
+def weights_at(place: Path) -> tuple[Path, dict[str, torch.Tensor]] | None:
+    """The weights of a file, of a run or one of its checkpoints, or of an exported directory, and where they lie; None
+    where a directory holds none. Raises CheckpointError for damaged ones.
+    """
     if not place.is_dir():
         return place, official.read(place)
     within = place / "checkpoints" if (place / "checkpoints").is_dir() else place
     found = checkpoint.read(place) if (place / "MANIFEST.json").exists() else checkpoint.newest_valid(within)
-    if found is None:
-        raise CheckpointError(f"{key}: {path} holds no checkpoint yet; train it first, or name a file")
-    return found.path, found.weights
+    if found is not None:
+        return found.path, found.weights
+    file = place / "model.safetensors"
+    return (file, official.read(file)) if file.is_file() else None

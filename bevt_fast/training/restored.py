@@ -17,7 +17,7 @@ from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.official import AROUND_THE_ENCODER, TABLE
 from bevt_fast.models.probes import NearestNeighbours
 from bevt_fast.models.video_swin import SIZES, VideoSwinConfig
-from bevt_fast.training import checkpoint
+from bevt_fast.training.assemble import weights_at
 from bevt_fast.training.described import Description, Given, describe
 from bevt_fast.training.engine import DTYPES
 
@@ -146,20 +146,14 @@ def _found(path: Path) -> tuple[Path, dict[str, Tensor], Path | None, Path | Non
         raise CheckpointError(
             f"there is no checkpoint at {path}; give a run's directory, one of its checkpoints or a file"
         )
-    if path.is_file():
-        beside = path.parent / "config.json"
-        return path, weights.read(path), beside if beside.is_file() else None, None
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    commits = checkpoint.commits(folder)
-    if commits or (path / "MANIFEST.json").is_file():
-        found = checkpoint.newest_valid(folder) if commits else checkpoint.read(path)
-        if found is not None:
-            run = found.path.parent.parent if found.path.parent.name == "checkpoints" else None
-            return found.path, found.weights, found.path / "config.json", run
-    file = path / "model.safetensors"
-    if file.is_file():
-        return file, weights.read(file), path / "config.json" if (path / "config.json").is_file() else None, None
-    raise CheckpointError(f"{path} holds no checkpoint: neither checkpoints/step_* nor model.safetensors; give another")
+    if (found := weights_at(path)) is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint: neither checkpoints/step_* nor model.safetensors; give another"
+        )
+    place, tensors = found
+    beside = (place if place.is_dir() else place.parent) / "config.json"
+    is_of_run = place.is_dir() and place.parent.name in ("checkpoints", "best")
+    return place, tensors, beside if beside.is_file() else None, place.parent.parent if is_of_run else None
 
 
 def precision(name: str | None, device: torch.device) -> torch.dtype:

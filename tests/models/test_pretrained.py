@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bevt_fast.errors import CheckpointError
-from bevt_fast.models import official, pretrained
+from bevt_fast.models import official, pretrained, torchvision_names
 from bevt_fast.models.bevt import Bevt
 from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.video_swin import VideoSwinConfig
@@ -73,12 +73,43 @@ def test_torchvision_video_weights():
     model = randomise(swin.SwinTransformer3d([2, 4, 4], 8, [1, 1, 2, 1], [1, 2, 2, 4], [2, 3, 3]))
     classifier, report = started(model.state_dict())
     accounted_for(report, classifier)
-    assert {"head.weight", "head.bias"} <= set(report.unused)
+    assert {"class_head.weight", "class_head.bias"} <= set(report.unused)  # of 400 classes
+    assert sum(key.endswith("relative_position_index") for key in report.unused) == 5
     clips = torch.randn(1, 3, 4, 96, 96)
     with torch.no_grad():
         x = model.pos_drop(model.patch_embed(clips))
         theirs = model.norm(model.features(x)).mean(dim=(1, 2, 3))
         torch.testing.assert_close(classifier.encoder(clips).mean(dim=(1, 2, 3)), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def swin3d_t():
+    return randomise(torchvision_models().video.swin3d_t())
+
+
+@pytest.mark.parametrize(
+    ("clip", "bias_index"), [((4, 224, 224), "true"), ((18, 64, 96), "official")], ids=["whole", "clipped"]
+)
+def test_the_classifier_agrees_with_torchvisions_swin3d_t(swin3d_t, clip, bias_index):
+    """Their weights here and back: the same logits, the same bits. Windows clipped in height or width have the official
+    index there (SPEC X2).
+    """
+    shape, theirs = VideoSwinConfig.preset("tiny"), swin3d_t.state_dict()
+    ours = Classifier(shape, 400, bias_index=bias_index).eval()
+    report = pretrained.start(ours, theirs, shape)
+    accounted_for(report, ours)
+    assert not report.missing and len(report.used) == len(ours.state_dict())  # the head of 400 classes too
+    pixels = torch.randn(1, 3, *clip)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels), swin3d_t(pixels), rtol=1e-5, atol=1e-5)
+    back = torchvision_names.to_torchvision(ours.state_dict(), shape)
+    assert back.keys() == theirs.keys() and all(torch.equal(back[key], value) for key, value in theirs.items())
+
+
+def test_a_swin_without_tables_is_one_sentence():
+    weights = {k: v for k, v in Bevt(SHAPE, vocab_size=7).state_dict().items() if not k.endswith(official.TABLE)}
+    with pytest.raises(CheckpointError, match="no Swin with relative positions"):
+        started(weights)
 
 
 def test_our_pretraining_and_the_official_one_give_the_same_start():
