@@ -121,7 +121,6 @@ def test_a_classifier_goes_the_whole_way(place, tmp_path, capsys):
         assert ask(*model, "--to", form, "--out", file, program=export) == 0
         said = predictions(folder, tmp_path / f"{form}.json", "--checkpoint", file, "--config", shape)
         assert said == json.loads((tmp_path / "said.json").read_text())["videos"]
-    assert ask(*model, "--to", "torch_export", "--out", tmp_path / "model.pt2", program=export) == 0
     there = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
     assert ask(*model, "--to", "onnx", "--out", tmp_path / "model.onnx", program=export) == (0 if there else 6)
     # and begin again from what was exported

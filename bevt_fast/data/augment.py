@@ -1,6 +1,10 @@
 """Training views of labelled clips: what is drawn, from a random.Random alone, and what is then done to the frames.
 
 Everything is drawn once a clip and is the same in all of its frames (SPEC 6.1, 6.4). Frames are (T, H, W, 3) uint8 RGB.
+
+Pictures are resized bilinearly: the official fine-tuning and test configurations leave mmcv's default, while those of
+pretraining ask for bicubic (SPEC 5.3). The views of a test (`views.py`) are resized by the same function, so that a
+classifier is judged on the pictures it was trained on.
 """
 
 import functools
@@ -100,7 +104,7 @@ def draw_strong(n: int, m: int, hidden: bool, rng: random.Random) -> Strong:
 
 
 def cut(frames: np.ndarray, short_side: int, box: Box, size: int, flip: bool) -> np.ndarray:
-    """Short side, crop, size, flip: (T, H, W, 3) -> (T, size, size, 3), bilinear as mmcv (SPEC 6.1).
+    """Short side, crop, size, flip: (T, H, W, 3) -> (T, size, size, 3) (SPEC 6.1).
 
     `box` is in pixels of the rescaled picture.
     """
@@ -108,8 +112,8 @@ def cut(frames: np.ndarray, short_side: int, box: Box, size: int, flip: bool) ->
     top, left, h, w = box
     pixels = np.empty((len(frames), size, size, 3), np.uint8)
     for frame, picture in zip(frames, pixels):
-        window = _resized(frame, height, width)[top : top + h, left : left + w]
-        window = _resized(window, size, size)
+        window = resized(frame, height, width)[top : top + h, left : left + w]
+        window = resized(window, size, size)
         picture[:] = cv2.flip(window, 1) if flip else window
     return pixels
 
@@ -127,14 +131,15 @@ def strengthen(pixels: np.ndarray, strong: Strong) -> np.ndarray:
     out = np.empty_like(pixels)
     for frame, picture in zip(pixels, out):
         frame = cv2.flip(frame, 1) if strong.flip else frame
-        image = Image.fromarray(_resized(frame[top : height - bottom, left : width - right], height, width))
+        image = Image.fromarray(resized(frame[top : height - bottom, left : width - right], height, width))
         for operation in strong.operations:
             image = OPERATIONS[operation.name](image, operation)
         picture[:] = image
     return out
 
 
-def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """OpenCV's bilinear, which does not antialias."""
     if picture.shape[:2] == (height, width):
         return picture
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -1,7 +1,8 @@
 """How a video is looked at when it is judged: the same clips and crops every time, each video once (SPEC 6.6, 6.7).
 
-A view is one crop of one test clip. Frames come from `sampling.test_clip_frames`, pixels from the bicubic resize of
-training; nothing is flipped. The temporal analysis (SPEC 6.8) changes the order of a clip's frames and nothing else.
+A view is one crop of one test clip. Frames come from `sampling.test_clip_frames`, pixels from the resize of fine-tuning
+(`augment.resized`); nothing is flipped. The temporal analysis (SPEC 6.8) changes the order of a clip's frames and nothing
+else.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from bevt_fast.data import decode, pipeline_reference, sampling
+from bevt_fast.data import augment, decode, sampling
 from bevt_fast.data.crashes import NOTHING, Crashes, Reading
 from bevt_fast.data.faults import BadFile, twice
 from bevt_fast.data.reader import LARGEST_PICTURE
@@ -125,8 +126,7 @@ def test_crops(height: int, width: int, views: Views) -> list[Crop]:
     """The crops of a picture of `height` x `width` pixels: the centre alone, or left or top, right or bottom, and
     centre along its longer side (SPEC 6.6: offsets 0, 2 s, s with s = (long - size) // 2).
     """
-    scale = views.short_side / min(height, width)
-    tall, wide = int(height * scale + 0.5), int(width * scale + 0.5)  # rounding as in `sampling.draw_crop`
+    tall, wide = augment.rescaled(height, width, views.short_side)
     top, left = (tall - views.size) // 2, (wide - views.size) // 2
     places = [(top, left)]
     if views.crops == 3:
@@ -142,7 +142,7 @@ def cut(frames: np.ndarray, crops: Sequence[Crop]) -> list[np.ndarray]:
     whole = crops[0]._replace(top=0, left=0)
     views = [np.empty((len(frames), crop.size, crop.size, 3), np.uint8) for crop in crops]
     for k, frame in enumerate(frames):
-        picture = pipeline_reference.resized(frame, whole.height, whole.width)
+        picture = augment.resized(frame, whole.height, whole.width)
         for crop, view in zip(crops, views):
             view[k] = picture[crop.top : crop.top + crop.size, crop.left : crop.left + crop.size]
     return views

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bevt_fast.config import Part
-from bevt_fast.data import decode, sources
+from bevt_fast.data import augment, decode, sampling, sources
 from bevt_fast.data.sources import Frames
 from bevt_fast.data.views import ViewReader, Views, frame_order, test_crops
 from bevt_fast.errors import ConfigError, DataError
@@ -56,8 +56,16 @@ def test_views_are_the_clips_and_crops_of_the_specification(source):
 def test_a_short_video_is_looped_and_a_large_one_resized_as_in_training(source):
     item = ViewReader(source, Views(size=32, short_side=40))[1]
     whole = decode.read_frames(source.path(1), [0, 3, 6, 0])
-    pictures = [cv2.resize(frame, (40, 60), interpolation=cv2.INTER_CUBIC)[14:46, 4:36] for frame in whole]
+    pictures = [cv2.resize(frame, (40, 60), interpolation=cv2.INTER_LINEAR)[14:46, 4:36] for frame in whole]
     assert np.array_equal(item["pixels"][0], np.stack(pictures))
+
+
+def test_a_test_and_a_training_view_of_the_same_frames_are_the_same_pixels(source):
+    """Where training crops the middle and does not resize again."""
+    view = ViewReader(source, Views(size=32, short_side=40))[0]["pixels"][0].numpy()
+    places = sampling.test_clip_frames(40, Frames(4, 3, "interval"), 1)[0]
+    frames = decode.read_frames(source.path(0), places)
+    assert np.array_equal(view, augment.cut(frames, 40, augment.Box(4, 14, 32, 32), 32, flip=False))
 
 
 def test_uniform_frames_are_the_middles_of_the_segments(source):
