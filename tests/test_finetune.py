@@ -9,11 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bevt_fast.data.sources import Source
+from bevt_fast.data.views import Views
+from bevt_fast.errors import MachineError
 from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.probes import NearestNeighbours
 from bevt_fast.models.video_swin import VideoSwinConfig
+from bevt_fast.training import scoring
+from bevt_fast.training.distributed import World
 from tests.training.command import FINETUNE, ROOT, alone, changed, rows, train_here, written
 from tests.training.conftest import SHAPES, Finished
+from tests.training.test_distributed import together
 
 SIZE = {"embed_dim": 16, "depths": [1, 1, 1, 1], "heads": [1, 2, 4, 8]}
 SHAPE = VideoSwinConfig(embed_dim=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), window=(2, 2, 2))
@@ -92,6 +98,43 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bits(changes, start, tmp_pa
     assert values["train"]["mode"] == changes.get("train.mode", "finetune")
     classifier = Classifier(SHAPE, 8, pool_heads=8 if "train.mode" in changes else 0)
     classifier.load_state_dict(weights(there, 6))
+
+
+def test_two_processes_learn_and_validate_as_one_does(start, base, tmp_path):
+    """Also under ZeRO 3, whose weights are spread, with a validation list that does not divide evenly among them."""
+    runs = {
+        "spread": {"train.ema": True, "deepspeed.zero_optimization.stage": 3},
+        "probed": {"train.mode": "attentive", "deepspeed.zero_optimization.stage": 2},
+        "near": {"train.mode": "knn"},
+    }
+    two = {"train.epochs": 1, "train.validate_every": 1}
+    configs = []
+    for name, changes in runs.items():
+        values = changed(base, two | changes | {"output": str(tmp_path / f"{name}_two")})
+        configs.append(written(values, tmp_path / f"{name}_two.json"))
+        assert start(two | changes, output=name).code == 0
+    together(2, configs, FINETUNE)
+    for name in runs:
+        one, other = ([json.loads(line) for line in open(tmp_path / n / "log.jsonl")] for n in (name, f"{name}_two"))
+        assert len(one) == len(other) == (1 if name == "near" else 4)
+        for row, found in zip(one, other):
+            compared = [key for key in row if key.startswith("val/") or key in ("train/loss", "train/top1")]
+            assert compared and [row[key] for key in compared] == pytest.approx(
+                [found[key] for key in compared], abs=1e-5
+            )
+        step = 0 if name == "near" else 3
+        weights_two = weights(tmp_path / f"{name}_two", step)
+        for key, value in weights(tmp_path / name, step).items():
+            assert torch.allclose(weights_two[key].float(), value.float(), rtol=1e-2, atol=1e-4), key
+
+
+def test_spread_weights_are_not_scored():
+    classifier = Classifier(SHAPE, 8)
+    classifier.class_head.bias.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]  # as ZeRO 3 marks them
+    with pytest.raises(MachineError, match="ZeRO stage 3 has spread"):
+        scoring.score(
+            classifier, Source(name="none", root=Path(), paths=[]), Views(), World(0, 0, 1, torch.device("cpu"))
+        )
 
 
 def test_it_learns_what_it_is_shown(start, tmp_path):

@@ -1,8 +1,7 @@
 """How a video is looked at when it is judged: the same clips and crops every time, each video once (SPEC 6.6, 6.7).
 
 A view is one crop of one test clip. Frames come from `sampling.test_clip_frames`, pixels from the resize of fine-tuning
-(`augment.resized`); nothing is flipped. The temporal analysis (SPEC 6.8) changes the order of a clip's frames and nothing
-else.
+(`augment.resized`); nothing is flipped. The temporal analysis (SPEC 6.8) changes the order of a clip's frames alone.
 """
 
 from collections.abc import Sequence
