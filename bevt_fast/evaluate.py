@@ -96,7 +96,7 @@ def evaluate(options: argparse.Namespace, world: "World") -> None:
     from bevt_fast.data.views import TEMPORAL
     from bevt_fast.training import score_report, scoring, test_data
 
-    restored, source, views = _opened(options)
+    restored, source, views = _opened(options, labelled=True)
     scoring.check_labels(source, restored.description.classes or 0)
     test_data.check_class_names(restored, source)
     found: dict[str, Any] = {}
@@ -164,8 +164,10 @@ def extract(options: argparse.Namespace, world: "World") -> None:
         print(f"wrote {options.out}: {tuple(found.probabilities.shape)}, a row a video")
 
 
-def _opened(options: argparse.Namespace, needs_classes: bool = True) -> "tuple[Restored, Source, Views]":
-    """The model, the videos, and how they are looked at."""
+def _opened(
+    options: argparse.Namespace, needs_classes: bool = True, labelled: bool = False
+) -> "tuple[Restored, Source, Views]":
+    """The model, the videos, and how they are looked at. `labelled`: their labels must be classes of the model."""
     from bevt_fast.config import parse
     from bevt_fast.data.sources import ClipOptions
     from bevt_fast.training import described, restored, test_data
@@ -175,8 +177,8 @@ def _opened(options: argparse.Namespace, needs_classes: bool = True) -> "tuple[R
     if drawn and options.data is None:
         raise ConfigError(f"--{next(iter(drawn))} belongs to --data; a source says itself how frames are drawn")
     clip = parse(ClipOptions, model.description.clip.model_dump() | drawn, "--data")
-    names = getattr(options, "class_names", None)
-    source = test_data.open_source(model, clip, options.data, options.source, names)
+    classes = getattr(options, "class_names", None) or (model.description.classes if labelled else None)
+    source = test_data.open_source(model, clip, options.data, options.source, classes)
     views = test_data.views_of(model, options.clips, options.crops, options.pixels)
     views.check(source.frames)
     return model, source, views

@@ -56,12 +56,12 @@ def finetune(run: FinetuneRun) -> int:
         if run.is_logged(step):
             run.log(step, losses)  # reading a loss waits for the GPU, so it happens here and nowhere else
         stop = run.must_stop()
-        if run.is_validated(step) and not stop:
-            run.validate(step)
         if run.is_saved(step) or stop:
             run.save(step + 1)
         if stop:
             return stop
+        if run.is_validated(step):
+            run.validate(step)
     run.finish()
     return 0
 

@@ -212,7 +212,8 @@ def test_bad_input_is_answered_with_one_sentence(place, capsys, arguments, code,
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ("down/0.mp4 0\nleft/1.mp4 3\n", "the label 3 of left/1.mp4 is outside 0 to 2"),
+        ("down/0.mp4 0\nleft/1.mp4 3\n", "other.txt:2: expected a label below 3, the number of classes, got 3"),
+        ("down/0.mp4 0\nleft/1.mp4 -1\n", "other.txt:2: expected a label of at least 0, got -1"),
         ("down/0.mp4\nleft/1.mp4\n", "has no labels to score against"),
         ("gone/0.mp4 0\ngone/1.mp4 1\n", "2 of 2 files looked for"),
         ("down/3.mp4 0\n", "none of the 1 videos"),

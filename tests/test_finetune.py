@@ -229,8 +229,30 @@ def test_starts_that_do_not_fit(start, tmp_path):
     size = {"model.size": SIZE | {"embed_dim": 32}}
     is_one_sentence(last(start(begin | size)), 4, str(path), "16 wide after its stem, the model 32")
     is_one_sentence(last(start(begin | {"model.window": [4, 2, 2]})), 4, str(path), "model.pretrained_window")
+    stem = "encoder.stem.projection.weight"
+    other = Classifier(SHAPE, 8).state_dict()
+    save_file(other | {stem: other[stem].repeat(1, 1, 2, 1, 1)}, path)
+    is_one_sentence(last(start(begin)), 4, str(path), "patches of (4, 4, 4), the model of (2, 4, 4)")
     path.write_bytes(path.read_bytes()[:1000])
     is_one_sentence(last(start(begin)), 4, str(path), "truncated")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_validation_clips_that_no_decoder_opens_are_counted_and_never_scored(start, base, tmp_path, readable, caplog):
+    options = base["data"]["heldout"]["options"]
+    folder = Path(options["root"]) / "clips" / "test"
+    assert start({"train.mode": "knn"}).code == 0  # the files are there now
+    (tmp_path / "bad.webm").write_bytes(b"no video")
+    lines = [f"{tmp_path / 'bad.webm'} 3\n", *(f"{folder / f'{k:05d}.webm'} {k}\n" for k in range(4))]
+    part = listed(tmp_path, "".join(lines if readable else lines[:1]))["data.source"]
+    done = start({"data.heldout": part, "train.epochs": 1, "train.validate_every": 1}, output="other")
+    if not readable:
+        is_one_sentence(last(done), 3, "data.heldout", "none of the 1 validation clips can be read")
+        assert weights(tmp_path / "other", 3)  # what was learnt is saved before it is scored
+        return
+    assert done.code == 0 and f"not scored {tmp_path / 'bad.webm'}: unreadable" in caplog.text
+    (row,) = [line for line in map(json.loads, open(tmp_path / "other" / "log.jsonl")) if "val/top1" in line]
+    assert row["data/heldout_bad"] == 1 and row["val/top1"] * 4 == int(row["val/top1"] * 4)
 
 
 def last(done: Finished) -> Finished:

@@ -1,9 +1,8 @@
 """The parts of a fine-tuning run, each refusing what it cannot use with one sentence."""
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
 from bevt_fast.config import Part, open_part
@@ -14,6 +13,7 @@ from bevt_fast.finetune_config import FinetuneConfig
 from bevt_fast.models import pretrained
 from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.video_swin import VideoSwinConfig
+from bevt_fast.training import labels
 from bevt_fast.training.assemble import find_weights
 
 log = logging.getLogger("bevt_fast")
@@ -31,7 +31,7 @@ def check_parts(config: FinetuneConfig) -> None:
 def open_labelled(config: FinetuneConfig, key: Key = "source") -> Source:
     """A source of labelled clips of the classes that the head has. Raises ConfigError or DataError."""
     part: Part = getattr(config.data, key)
-    source, classes = sources.build(_told_classes(part, config.model.classes)), config.model.classes
+    source, classes = sources.build(labels.told(part, config.model.classes)), config.model.classes
     if source.frames is None:
         raise ConfigError(f"data.{key} {part.name!r} gives images; name a source of clips, or set its kind")
     if source.labels is None:
@@ -41,8 +41,7 @@ def open_labelled(config: FinetuneConfig, key: Key = "source") -> Source:
             f"data.{key}: {source.name} has {len(source.classes)} classes, but the head has {classes}; set "
             f"model.classes to {len(source.classes)}, or name all classes in the source's options"
         )
-    outside = np.flatnonzero((source.labels < 0) | (source.labels >= classes))
-    if len(outside):
+    if len(outside := labels.outside(source, classes)):
         first = int(outside[0])
         raise DataError(
             f"data.{key}: {source.path(first)} has the label {source.labels[first]}, outside 0 to {classes - 1}; set "
@@ -57,12 +56,11 @@ def open_heldout(config: FinetuneConfig, source: Source) -> Source | None:
     if config.data.heldout is None:
         return None
     heldout = open_labelled(config, "heldout")
-    if source.classes is not None and heldout.classes is not None and source.classes != heldout.classes:
-        pairs = zip(source.classes, heldout.classes)
-        number, (here, there) = next((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
+    if (k := labels.first_difference(source.classes, heldout.classes)) is not None:
+        assert source.classes and heldout.classes
         raise DataError(
-            f"data.heldout numbers its classes otherwise than data.source: {number} is {there!r} there and {here!r} "
-            "here; set the option 'classes' of both to one file of names"
+            f"data.heldout numbers its classes otherwise than data.source: {k} is {heldout.classes[k]!r} there and "
+            f"{source.classes[k]!r} here; set the option 'classes' of both to one file of names"
         )
     return heldout
 
@@ -80,13 +78,3 @@ def open_classifier(config: FinetuneConfig, initialise: bool = True) -> Classifi
         raise CheckpointError(f"model.pretrained: {place}: {error}") from None
     log.info("starts from %s: %s", place, began)
     return classifier
-
-
-def _told_classes(part: Part, classes: int) -> Part:
-    """The part of a list that does not say how many classes there are, told: a label beyond them is then refused with
-    its line.
-    """
-    options: Any = open_part("bevt_fast.data.sources", part)[1]
-    if getattr(options, "list", None) is not None and getattr(options, "classes", classes) is None:
-        return part.model_copy(update={"options": part.options | {"classes": classes}})
-    return part

@@ -24,7 +24,7 @@ from bevt_fast.data.pipeline_reference import normalise
 from bevt_fast.data.sources import Source
 from bevt_fast.data.views import Temporal, ViewReader, Views
 from bevt_fast.errors import DataError, MachineError, NumericalError
-from bevt_fast.training import distributed
+from bevt_fast.training import distributed, labels
 from bevt_fast.training.distributed import World
 
 Forward = Callable[[Tensor], Tensor]  # (B, 3, T, H, W) to (B, D)
@@ -124,8 +124,7 @@ def check_labels(source: Source, classes: int) -> None:
             f"the checkpoint tells {classes} classes apart but the source {source.name!r} has {len(source.classes)}; "
             "take the data it was fine-tuned for, or name all its classes in the option 'classes'"
         )
-    outside = np.flatnonzero((source.labels >= classes) | (source.labels < 0))
-    if len(outside):
+    if len(outside := labels.outside(source, classes)):
         first = int(outside[0])
         raise DataError(
             f"the label {int(source.labels[first])} of {source.paths[first]} is outside 0 to {classes - 1}, the "
@@ -279,8 +278,8 @@ def _gathered(values: dict[int, Tensor], bad: list[dict[str, Any]], source: Sour
         raise RuntimeError("a video was scored twice: the processes disagree about who reads what")
     records = sorted(_all_records(bad, world), key=lambda record: record["index"])
     indices = there.nonzero()[:, 0]
-    labels = torch.full((len(source),), -1) if source.labels is None else torch.from_numpy(source.labels)
-    return Scores(indices, labels[indices], table[indices], records)
+    truth = torch.full((len(source),), -1) if source.labels is None else torch.from_numpy(source.labels)
+    return Scores(indices, truth[indices], table[indices], records)
 
 
 def _all_records(records: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from bevt_fast.data.folders import VIDEOS, where_they_are
 from bevt_fast.data.sources import ClipOptions, Source
 from bevt_fast.data.views import Views
 from bevt_fast.errors import ConfigError, DataError
+from bevt_fast.training import labels
 from bevt_fast.training.restored import Restored
 
 LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".lst", ".list", ".parquet")
@@ -18,30 +19,35 @@ ALMOST_ALL = 0.99  # what is missing is counted; where next to everything is, th
 
 
 def open_source(
-    restored: Restored, clip: ClipOptions, data: str | None, source: str | None, classes: str | None = None
+    restored: Restored,
+    clip: ClipOptions,
+    data: str | None,
+    source: str | None,
+    classes: str | int | None = None,
 ) -> Source:
     """The videos of `data` (a file, folder or list), of `source` (JSON, or a file of it), or of the run's own part for
-    the test. `classes` is a file of class names, for a list that has names. Raises ConfigError and DataError.
+    the test. `classes`, where labels are scored, is a file of class names or how many there are: a list's label beyond
+    them is refused with its line. Raises ConfigError and DataError.
     """
     if data is not None and source is not None:
         raise ConfigError("--data and --source both say what to look at; give one of them")
     if data is not None:
         found = of_path(Path(data), clip, classes)
     elif source is not None:
-        found = sources.build(_part(source))
+        found = sources.build(_told(_part(source), classes))
     else:
         parts = {name: part for name, part in restored.parts.items() if name != "source"}
         if not parts:
             raise DataError(
                 f"{restored.path} names no test data; give --data with a list or folder of labelled videos, or --source"
             )
-        found = sources.build(next(iter(parts.values())))
+        found = sources.build(_told(next(iter(parts.values())), classes))
     if len(found) > 1:
         sources.preflight(found, ALMOST_ALL)
     return found
 
 
-def of_path(path: Path, clip: ClipOptions, classes: str | None = None) -> Source:
+def of_path(path: Path, clip: ClipOptions, classes: str | int | None = None) -> Source:
     """A video, the videos of a folder (labelled by its folders), or those of a list."""
     options = clip.model_dump()
     if path.is_dir():
@@ -55,9 +61,8 @@ def of_path(path: Path, clip: ClipOptions, classes: str | None = None) -> Source
     names = read_list(path).paths
     here = path.absolute().parent
     options |= {"root": str(where_they_are(names, here, here.parent, Path.cwd())), "list": str(path.absolute())}
-    return sources.build(
-        Part(name="file_list", options=options | ({"classes": str(Path(classes).absolute())} if classes else {}))
-    )
+    named = str(Path(classes).absolute()) if isinstance(classes, str) else classes
+    return sources.build(Part(name="file_list", options=options | ({"classes": named} if named else {})))
 
 
 def check_class_names(restored: Restored, source: Source) -> None:
@@ -65,14 +70,12 @@ def check_class_names(restored: Restored, source: Source) -> None:
     mean other things.
     """
     ours, theirs = restored.description.class_names, source.classes
-    if ours is None or theirs is None or len(ours) != len(theirs):
-        return
-    for k, (one, other) in enumerate(zip(ours, theirs)):
-        if one != other:
-            raise DataError(
-                f"class {k} is {one!r} for the checkpoint but {other!r} in the source {source.name!r}; give the data's "
-                "classes in the checkpoint's order"
-            )
+    if (k := labels.first_difference(ours, theirs)) is not None:
+        assert ours and theirs
+        raise DataError(
+            f"class {k} is {ours[k]!r} for the checkpoint but {theirs[k]!r} in the source {source.name!r}; give the "
+            "data's classes in the checkpoint's order"
+        )
 
 
 def views_of(restored: Restored, clips: int | None, crops: int | None, pixels: int | None) -> Views:
@@ -94,6 +97,10 @@ def names_of(restored: Restored, file: str | None) -> list[str] | None:
     if names is not None and len(names) != restored.description.classes:
         raise DataError(f"{file} names {len(names)} classes, the checkpoint has {restored.description.classes}")
     return names
+
+
+def _told(part: Part, classes: str | int | None) -> Part:
+    return labels.told(part, classes) if isinstance(classes, int) else part
 
 
 def _part(text: str) -> Part:

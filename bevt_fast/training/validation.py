@@ -33,7 +33,10 @@ log = logging.getLogger("bevt_fast")
 def validate(
     classifier: nn.Module, heldout: Source, config: FinetuneConfig, world: World, dtype: torch.dtype
 ) -> dict[str, float]:
-    """val/top1, val/top5, val/mean_class_acc and data/heldout_bad of a validation list. Collective."""
+    """val/top1, val/top5, val/mean_class_acc and data/heldout_bad of a validation list. Collective.
+
+    Files that cannot be read are counted and named, never scored. Raises DataError where that is all of them.
+    """
     scores = scoring.score(
         classifier.to(world.device, dtype).eval(),
         heldout,
@@ -45,6 +48,8 @@ def validate(
     )
     for record in scores.bad:
         log.warning("not scored %s: %s: %s", record["path"], record["kind"], record["reason"])
+    if not len(scores.indices):
+        raise DataError(f"data.heldout: none of the {len(heldout)} validation clips can be read; check the files")
     return {
         "val/top1": scoring.top_k(scores, 1),
         "val/top5": scoring.top_k(scores, min(5, config.model.classes)),
