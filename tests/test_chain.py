@@ -18,6 +18,7 @@ from tests.training.test_distributed import free_ports
 
 TEST_CLIPS = 9  # not the same number for two processes
 SHAPES = {"clips": 16, "images": 16, "test_clips": TEST_CLIPS, "test_images": 8, "size": 64, "length": 8, "objects": 2}
+MODEL = {"size": {"embed_dim": 16, "depths": [1, 1, 1, 1], "heads": [1, 2, 4, 8]}, "window": [2, 2, 2]}
 
 
 def run(program: Path, values: dict[str, Any], place: Path) -> Path:
@@ -40,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values[name]["mask"]["options"]["min_block"] = 1
         values[name] |= {"batch": 4, "micro_batch": 4, "view": {"size": 64, "short_side": [64, 64]}}
     values["tokenizer"]["options"] |= {"weights": str(place / "tokens.safetensors"), "vocab_size": 32}
-    values["model"] |= {"size": {"embed_dim": 16, "depths": [1, 1, 1, 1], "heads": [1, 2, 4, 8]}, "window": [2, 2, 2]}
+    values["model"] |= MODEL
     values["train"] = {"steps": 2, "precision": "fp32", "threads": 1}
     values["optim"]["warmup_steps"] = 1
     values["data"] = {"workers": 0}
@@ -49,17 +50,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finetuned(place: Path, mode: str, pretrained: Path | None = None, output: Path | None = None) -> Path:
-    """Two epochs of the demo's fine-tuning from `pretrained`, in one of its modes; made once."""
+    """Two epochs from `pretrained` in one of the modes; made once."""
     output = output or place / mode
     if not output.exists():
-        values = json.loads((ROOT / "configs" / "finetune" / "demo.json").read_text())
-        for key in ("source", "heldout"):
-            values["data"][key]["options"] |= SHAPES | {"root": str(place / "shapes"), "frames": 4}
-        values["data"] |= {"batch": 8, "micro_batch": 8, "workers": 0}
-        values["views"] |= {"size": 64, "short_side": 64}
-        size = {"embed_dim": 16, "depths": [1, 1, 1, 1], "heads": [1, 2, 4, 8]}
-        values["model"] |= {"size": size, "window": [2, 2, 2], "pretrained": str(pretrained or place / "pretrained")}
-        values["optim"]["warmup_steps"] = 1
+        options = SHAPES | {"root": str(place / "shapes"), "frames": 4, "label": "motion"}
+        parts = {"source": options, "heldout": options | {"split": "test"}}
+        data: dict[str, Any] = {key: {"name": "moving_shapes", "options": part} for key, part in parts.items()}
+        values: dict[str, Any] = {"data": data | {"batch": 8, "micro_batch": 8, "workers": 0}}
+        values["views"] = {"size": 64, "short_side": 64, "flip": 0.0}
+        values["model"] = MODEL | {"classes": 8, "pretrained": str(pretrained or place / "pretrained")}
+        values["optim"] = {"lr": 1e-3, "warmup_steps": 1}
         values["train"] = {"mode": mode, "epochs": 2, "precision": "fp32", "validate_every": 1, "threads": 1}
         several = {"clips": 2, "crops": 3} if mode == "finetune" else {"clips": 1, "crops": 1}
         values["test"] = several | {"size": 64, "short_side": 64}
