@@ -255,6 +255,28 @@ def test_weights_of_another_patch_and_of_pretraining(place, tmp_path, capsys):
     assert ask(*features, "--out", tmp_path / "f.npz") == 0
 
 
+@pytest.mark.parametrize(
+    ("bank", "labels", "vote", "sentence"),
+    [
+        ((5, 64), [0, 1, 2, 0, 1], True, None),
+        ((5, 64), [0, 1, 2, 0, 3], True, "its bank has labels outside 0 to 2"),
+        ((0, 64), [], True, "its bank has labels outside 0 to 2"),
+        ((5, 32), [0, 1, 2, 0, 1], True, "its bank is not a row of 64 features"),
+        ((5, 64), [0, 1], True, "its bank is not a row of 64 features and a label a clip"),
+        ((5, 64), [0, 1, 2, 0, 1], False, "its configuration is of another mode"),
+    ],
+)
+def test_a_bank_of_clips_votes_or_is_refused(place, tmp_path, capsys, bank, labels, vote, sentence):
+    weights = {name: value for name, value in classifier().state_dict().items() if name.startswith("encoder.")}
+    description = DESCRIPTION | ({"vote": {"neighbours": 3, "temperature": 0.1}} if vote else {})
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    save_file(weights | {"bank": torch.ones(bank), "labels": torch.tensor(labels)}, tmp_path / "model.safetensors")
+    code = ask("predict", "--checkpoint", tmp_path, place / "videos" / "down" / "0.mp4", "--out", tmp_path / "a.json")
+    assert code == (4 if sentence else 0)
+    if sentence:
+        assert sentence in error_of(capsys)
+
+
 def test_a_file_that_runs_code_is_refused(place, tmp_path, capsys):
     class Evil:
         def __reduce__(self):

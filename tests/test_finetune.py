@@ -112,7 +112,9 @@ def test_two_processes_learn_and_validate_as_one_does(start, base, tmp_path):
     for name, changes in runs.items():
         values = changed(base, two | changes | {"output": str(tmp_path / f"{name}_two")})
         configs.append(written(values, tmp_path / f"{name}_two.json"))
-        assert start(two | changes, output=name).code == 0
+        # ZeRO 3 puts a function of its own into torch.nn.functional, for the life of a process
+        here = {key: value for key, value in changes.items() if not key.startswith("deepspeed")}
+        assert start(two | here, output=name).code == 0
     together(2, configs, FINETUNE)
     for name in runs:
         one, other = ([json.loads(line) for line in open(tmp_path / n / "log.jsonl")] for n in (name, f"{name}_two"))
