@@ -14,6 +14,7 @@ train = [
 ]  # fmt: skip
 dali = ["nvidia-dali-cuda130>=2.4"]
 parquet = ["pyarrow>=21"]
+onnx = ["onnx", "onnxruntime", "onnxscript"]
 gpu = [*dali, "xformers>=0.0.35"]
 test = [
     "attrs", "dall-e==0.1", "monai", "pytest", "pytest-timeout", "pytest-xdist", "timm",
@@ -37,6 +38,7 @@ setup(
         "train": train,
         "dali": dali,
         "parquet": parquet,
+        "onnx": onnx,
         "gpu": gpu,
         "test": test,
         "dev": dev,

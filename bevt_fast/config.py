@@ -172,6 +172,32 @@ class Data(Section):
         return self
 
 
+class Batched(typing.Protocol):
+    """A section that says how many samples a step has."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def micro_batch(self) -> int: ...
+
+
+class AnyConfig(typing.Protocol):
+    """What DeepSpeed has to know of a run, whichever program's it is."""
+
+    @property
+    def streams(self) -> typing.Mapping[str, Batched]: ...
+
+    @property
+    def optim(self) -> Optim: ...
+
+    @property
+    def train(self) -> Any: ...
+
+    @property
+    def deepspeed(self) -> dict[str, Any]: ...
+
+
 class Config(Section):
     """A whole run."""
 
@@ -294,7 +320,7 @@ def deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def accumulation(config: Config, world_size: int) -> int:
+def accumulation(config: AnyConfig, world_size: int) -> int:
     """Micro-batches per step, the same whole number for both streams. Raises ConfigError with the equation."""
     counts = {}
     for name, stream in config.streams.items():
@@ -314,7 +340,7 @@ def accumulation(config: Config, world_size: int) -> int:
     return next(iter(counts.values()))
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: AnyConfig, world_size: int) -> dict[str, Any]:
     """What DeepSpeed is given: the `deepspeed` section, and the values that other sections own filled in."""
     section = deepspeed_section(config.deepspeed)
     precision = config.train.precision
@@ -329,6 +355,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a configuration file and apply `key.path=JSON value` overrides. Raises ConfigError with one sentence."""
+    return load_as(Config, path, overrides)
+
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
+def load_as(section: type[AnySection], path: str | Path, overrides: typing.Sequence[str] = ()) -> AnySection:
+    """`load` for a file of another program, which is one `section`."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -347,10 +381,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: expected one JSON object of sections, got {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return parse(Config, values, str(path))
-
-
-AnySection = TypeVar("AnySection", bound=BaseModel)
+    return parse(section, values, str(path))
 
 
 def parse(section: type[AnySection], values: dict[str, Any], where: str) -> AnySection:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ("bevt_kernels",),
     ("bevt_fast.errors", "bevt_fast.refusals"),
-    ("bevt_fast.config",),
+    ("bevt_fast.config", "bevt_fast.finetune_config"),
     ("bevt_fast.data",),
     ("bevt_fast.tokenizers",),
     ("bevt_fast.models",),
@@ -29,6 +29,7 @@ GROUND = {
     "bevt_fast.errors": (),
     "bevt_fast.refusals": ("pydantic",),
     "bevt_fast.config": ("pydantic",),
+    "bevt_fast.finetune_config": ("pydantic",),
 }
 OPEN_ROOMS = ("bevt_fast.data.masking", "bevt_fast.data.sources", "bevt_fast.tokenizers")
 # the two-dimensional mask is what the other strategies are made of

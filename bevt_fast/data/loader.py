@@ -65,7 +65,7 @@ class Loader:
         self.device, self.dtype = torch.device(device), dtype
         self.not_cached = 0  # samples whose targets the caches did not have
         self._records: list[dict[str, Any]] = []
-        self._feeds: dict[str, _Feed | GraphFeed] = {}
+        self._feeds: dict[str, Feed | GraphFeed] = {}
         self._busy: dict[str, Busy] = {}
         self._cutting = 0.0
         self._stopwatch = pace.Stopwatch(self.device)
@@ -81,7 +81,7 @@ class Loader:
             where: dict[str, Any] = {"rank": rank, "world_size": world_size, "heldout": heldout}
             if in_graph:
                 reader = GraphReader(config, name, source, device=self.device, **where)
-                pool = _Feed(reader, first_step * reader.accumulation, self.data, pin=False)
+                pool = Feed(reader, first_step * reader.accumulation, self.data, pin=False)
                 finish = functools.partial(self._batch, name)
                 self._feeds[name] = GraphFeed(reader, pool, finish, self.data.prefetch)
                 continue
@@ -89,12 +89,18 @@ class Loader:
             reader.token_views = self.device.type == "cpu"  # a GPU has the same bits sooner
             reader.take_targets_from((caches or {}).get(name))
             pin = self.device.type == "cuda"
-            self._feeds[name] = _Feed(reader, first_step * reader.accumulation, self.data, pin)
+            self._feeds[name] = Feed(reader, first_step * reader.accumulation, self.data, pin)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> JointBatch:
+        items = self._items()
+        batches: dict[str, Any] = {name: item.get("batch") or self._batch(name, **item) for name, item in items.items()}
+        return JointBatch(images=batches.get("images"), clips=batches.get("clips"))
+
+    def _items(self) -> dict[str, dict[str, Any]]:
+        """The next item of each stream, and what came with it written down."""
         items = {}
         for name, feed in self._feeds.items():
             with self._stopwatch.waiting(name):
@@ -107,8 +113,7 @@ class Loader:
                 _warn(f"DALI does not decode {codec} here: PyAV reads such files, on the CPU")
         if self._since is None:  # workers start and caches fill once: no figure of the training
             self.pace()
-        batches: dict[str, Any] = {name: item.get("batch") or self._batch(name, **item) for name, item in items.items()}
-        return JointBatch(images=batches.get("images"), clips=batches.get("clips"))
+        return items
 
     @property
     def bad_files(self) -> list[dict[str, Any]]:
@@ -166,7 +171,7 @@ class Loader:
         return Clips(pipeline_reference.normalise(pixels, channels=-4).to(self.dtype), token_pixels, mask, known)
 
 
-def _pool(feed: "_Feed | GraphFeed") -> Any:
+def _pool(feed: "Feed | GraphFeed") -> Any:
     return feed.pool if isinstance(feed, GraphFeed) else feed
 
 
@@ -191,7 +196,7 @@ def _warn(sentence: str) -> None:
     logger.warning("%s", sentence)
 
 
-class _Feed:
+class Feed:
     """The worker pool of one stream: items in order, rebuilt where it stands if a worker is killed."""
 
     def __init__(self, reader: StreamReader, first: int, data: Data, pin: bool):
@@ -245,7 +250,7 @@ class _Feed:
         gc.collect()
         self.reader.crashes.watch(self.data.workers)
         before = set(multiprocessing.active_children())
-        with _sigchld_unchanged():
+        with sigchld_unchanged():
             self._items = iter(loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
 
@@ -289,8 +294,8 @@ def _settle(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _sigchld_unchanged() -> Iterator[None]:
-    """torch's handler would raise wherever the trainer is when a worker dies; `_Feed.next` finds out by itself."""
+def sigchld_unchanged() -> Iterator[None]:
+    """torch's handler would raise wherever the trainer is when a worker dies; `Feed.next` finds out by itself."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if before is not None and threading.current_thread() is threading.main_thread():

@@ -31,7 +31,7 @@ def clip_pixels(frames: np.ndarray, crop: Crop) -> np.ndarray:
     """The pixels of `clip_views`."""
     pixels = np.empty((len(frames), crop.size, crop.size, 3), np.uint8)
     for frame, picture in zip(frames, pixels):
-        _crop(_resized(frame, crop.height, crop.width), crop, picture)
+        _crop(resized(frame, crop.height, crop.width), crop, picture)
     return pixels
 
 
@@ -48,7 +48,7 @@ def image_views(
 
 def image_pixels(image: np.ndarray, crop: Crop, order: tuple[int, int, int] = (0, 1, 2)) -> np.ndarray:
     """The pixels of `image_views`."""
-    picture, window = _resized(image, crop.height, crop.width), _window(crop)
+    picture, window = resized(image, crop.height, crop.width), _window(crop)
     picture = picture[window] if crop.jitter is None else jitter(picture, crop.jitter, order, window)
     return cv2.flip(picture, 1) if crop.flip else np.ascontiguousarray(picture)
 
@@ -183,7 +183,7 @@ def map_pixels(pixels: UInt8[Tensor, "... H W 3"]) -> Float[Tensor, "... 3 H W"]
     return pixels.movedim(-1, -3).contiguous().float().div_(255).mul_(0.8).add_(0.1)
 
 
-def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """OpenCV's bicubic, which does not antialias (SPEC 5.3)."""
     if picture.shape[:2] == (height, width):
         return picture

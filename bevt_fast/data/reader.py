@@ -258,7 +258,7 @@ class StreamReader(Dataset):
         if wanted is None:
             return self._remembering(file, lambda: decode.read_image(path))
         # a clip that cannot be decoded says nothing about other clips of the file, so it is not remembered
-        return self._clip(drawn, wanted, file)
+        return self._clip(drawn.epoch, wanted, file)
 
     def _pixels(self, drawn: Draw, file: int) -> np.ndarray:
         """Pixels of a draw, read from `file` without DALI."""
@@ -267,7 +267,7 @@ class StreamReader(Dataset):
             return pipeline_reference.image_pixels(pictures, drawn.crop, self.order)
         return pipeline_reference.clip_pixels(pictures, drawn.crop)
 
-    def _clip(self, drawn: Draw, wanted: list[int], file: int) -> np.ndarray:
+    def _clip(self, epoch: int, wanted: list[int], file: int) -> np.ndarray:
         """The frames `wanted` of a file; damaged ones are as `data.on_damage` says. Raises BadFile."""
         path, extent = self.source.path(file), self.source.extent(file)
         try:
@@ -276,7 +276,7 @@ class StreamReader(Dataset):
             if self.on_damage != "use_previous" or error.kind != "corrupt":
                 raise
             frames = twice(lambda: damage.read_good_frames(path, wanted, extent))
-            self._repaired.append(self.record(error, drawn.epoch, file, file))
+            self._repaired.append(self.record(error, epoch, file, file))
             return frames
 
     def _refuse(self, error: BadFile, epoch: int, file: int) -> None:

@@ -105,15 +105,17 @@ def open_engine(
     return engine
 
 
-def require_same_data(found: Checkpoint, fingerprints: dict[str, Any], allow_change: bool = False) -> None:
+def require_same_data(
+    found: Checkpoint, fingerprints: dict[str, Any], allow_change: bool = False, key: str = "model.weights"
+) -> None:
     """The same files give the same samples, and the same tokenizer the same targets; others would silently give
-    others. Raises CheckpointError; with `allow_change` other files are said aloud and taken.
+    others. Raises CheckpointError; with `allow_change` other files are said aloud and taken. `key` starts a new run.
     """
     name = fingerprints["tokenizer"]
     if found.trainer.get("tokenizer", name) != name:
         raise CheckpointError(
             f"{found.path}: the tokenizer's weights are not those this run began with; bring them back, or begin a new "
-            f"run with model.weights = {found.path / 'model.safetensors'}"
+            f"run with {key} = {found.path / 'model.safetensors'}"
         )
     for stream, now in fingerprints["data"].items():
         then = found.trainer.get("data", {}).get(stream)
@@ -126,7 +128,7 @@ def require_same_data(found: Checkpoint, fingerprints: dict[str, Any], allow_cha
         if not allow_change:
             raise CheckpointError(
                 f"{sentence}; bring it back, go on all the same with data.allow_change=true, or begin a new run with "
-                f"model.weights = {found.path / 'model.safetensors'}"
+                f"{key} = {found.path / 'model.safetensors'}"
             )
         log.warning("%s; data.allow_change takes them: from here on the samples are others", sentence)
 
@@ -186,18 +188,34 @@ def initial_weights(model: Bevt, path: str) -> str:
     """Start from a checkpoint file, a `step_XXXXXXXX` directory or the output of a run; returns what was taken and
     what not. Of a checkpoint of ours the digests are checked, and a damaged one at the end of a run is passed over.
     """
+    place, weights = find_weights(path, "model.weights", "train stage one (configs/image.json) first")
+    return f"initial weights from {place}: {official.initialise(model, weights, model.config)}"
+
+
+def find_weights(path: str, key: str, first: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The weights that the configuration's `key` names, and where they lie. `first`: what to do if they are not there.
+    Raises CheckpointError.
+    """
     place = Path(path)
     if not place.exists():
         raise CheckpointError(
-            f"model.weights: {path} is not there; train stage one (configs/image.json) first, name a weights file, "
-            "or drop the key (--set model.weights=null) to start from random weights"
+            f"{key}: {path} is not there; {first}, name a weights file, "
+            f"or drop the key (--set {key}=null) to start from random weights"
         )
-    if place.is_dir():
-        within = place / "checkpoints" if (place / "checkpoints").is_dir() else place
-        found = checkpoint.read(place) if (place / "MANIFEST.json").exists() else checkpoint.newest_valid(within)
-        if found is None:
-            raise CheckpointError(f"model.weights: {path} holds no checkpoint yet; train it first, or name a file")
-        place, weights = found.path, found.weights
-    else:
-        weights = official.read(place)
-    return f"initial weights from {place}: {official.initialise(model, weights, model.config)}"
+    if (found := weights_at(place)) is None:
+        raise CheckpointError(f"{key}: {path} holds no checkpoint yet; train it first, or name a file")
+    return found
+
+
+def weights_at(place: Path) -> tuple[Path, dict[str, torch.Tensor]] | None:
+    """The weights of a file, of a run or one of its checkpoints, or of an exported directory, and where they lie; None
+    where a directory holds none. Raises CheckpointError for damaged ones.
+    """
+    if not place.is_dir():
+        return place, official.read(place)
+    within = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    found = checkpoint.read(place) if (place / "MANIFEST.json").exists() else checkpoint.newest_valid(within)
+    if found is not None:
+        return found.path, found.weights
+    file = place / "model.safetensors"
+    return (file, official.read(file)) if file.is_file() else None

@@ -131,6 +131,12 @@ def agree(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
+def leave() -> None:
+    """Leave the other processes, if this one has joined them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class StopSignal:
     """Remembers the first SIGINT or SIGTERM until the step is finished; a second SIGINT leaves at once.
 

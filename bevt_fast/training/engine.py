@@ -16,11 +16,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bevt_fast.config import Config, Optim, deepspeed_config
+from bevt_fast.config import AnyConfig, Optim, deepspeed_config
 from bevt_fast.errors import ConfigError, MachineError
 from bevt_fast.training.distributed import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "weight_avg"  # kept beside AdamW's moments, so that it is partitioned and saved as they are
 # SPEC 5.2: names that are not decayed; all other biases and the mask token are
 UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed", "norm")
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -63,7 +64,17 @@ def parameter_groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
 class Engine:
     """DeepSpeed's engine around the objective, and the few things the loop and the checkpoints ask of it."""
 
-    def __init__(self, objective: nn.Module, config: Config, world: World) -> None:
+    def __init__(
+        self,
+        objective: nn.Module,
+        config: AnyConfig,
+        world: World,
+        groups: list[dict[str, Any]] | None = None,
+        has_average: bool = False,
+    ) -> None:
+        """`groups` None: those of pretraining; `lr_scale` of a group multiplies its rate. `has_average`: keep a moving
+        average of the weights, which `average` moves.
+        """
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning that there is no GPU
         import deepspeed
@@ -86,7 +97,7 @@ class Engine:
             "eps": config.optim.eps,
             "fused": True,
         }
-        groups = parameter_groups(objective, config.optim)
+        groups = parameter_groups(objective, config.optim) if groups is None else groups
         optimizer = (
             ClippedAdamW(groups, config.optim.grad_clip, **options)
             if self._alone
@@ -106,8 +117,9 @@ class Engine:
         if self._alone and world.size == 1:
             self.engine.enable_backward_allreduce = False  # it would copy all gradients to and fro, and sum one
         self.inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        beside = config.train.overlap_tokenizer and world.device.type == "cuda"
+        beside = getattr(config.train, "overlap_tokenizer", False) and world.device.type == "cuda"
         self.side = torch.cuda.Stream(world.device) if beside else None
+        self.moment_names = (*MOMENTS, AVERAGE) if has_average else MOMENTS
         self._allocate_moments()
         self._set_adam_step(0)
 
@@ -129,7 +141,13 @@ class Engine:
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """Move the average of the weights towards them by `share` of the way."""
+        for tensor in self._flat_parameters():
+            self.inner.state[tensor][AVERAGE].lerp_(tensor.detach(), share)
 
     @property
     def step_applied(self) -> bool:
@@ -163,7 +181,7 @@ class Engine:
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Every moment of AdamW, named `parameter.exp_avg`, whole, float32, on the CPU. Collective."""
         for name, parameter in self._named():
-            for moment in MOMENTS:
+            for moment in self.moment_names:
                 yield f"{name}.{moment}", self._read(name, parameter, moment)
 
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
@@ -174,7 +192,7 @@ class Engine:
         """
         for name, parameter in self._named():
             self._write(name, parameter, weights[name], None)
-            for moment in MOMENTS:
+            for moment in self.moment_names:
                 self._write(name, parameter, moments[f"{name}.{moment}"], moment)
 
     def scalars(self) -> dict[str, Any]:
@@ -217,6 +235,8 @@ class Engine:
                 counter_device = tensor.device if self.inner.defaults.get("fused") else "cpu"
                 state["step"] = torch.tensor(0.0, device=counter_device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+            if AVERAGE in self.moment_names:
+                state[AVERAGE] = tensor.detach().clone()
         link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link:
             link()

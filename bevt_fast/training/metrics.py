@@ -227,6 +227,8 @@ def _words(row: dict[str, float], per_step: Mapping[str, int]) -> str:
             words.append(
                 f"{name} {row[f'train/loss_{kind}']:.4f}" + (f" ({right:.1%} right)" if right is not None else "")
             )
+    if "train/top1" in row:
+        words.append(f"{row['train/top1']:.1%} right")
     for count in per_step:
         if f"perf/{count}_per_s" in row:
             words.append(f"{row[f'perf/{count}_per_s']:.3g} {count}/s")

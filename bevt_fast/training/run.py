@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bevt_fast import config as configuration
 from bevt_fast.config import Config
@@ -204,11 +205,15 @@ class Run:
             log.warning("asked to stop: saving a checkpoint; --resume auto goes on from it")
         return code
 
+    def state(self) -> tuple[Iterator[tuple[str, Tensor]], Iterator[tuple[str, Tensor]]]:
+        """What a checkpoint holds of the weights and of the optimizer, by parameter name. Collective."""
+        return self.engine.weights(), self.engine.moments()
+
     def save(self, step: int) -> None:
         """Commit a checkpoint; a disk that refuses does not end the run, three refusals in a row do."""
         if step == self._saved_step:
             return
-        weights, moments, scalars = self.engine.weights(), self.engine.moments(), self.engine.scalars()
+        (weights, moments), scalars = self.state(), self.engine.scalars()
         failure = ""
         if self.world.is_main:
             trainer = (

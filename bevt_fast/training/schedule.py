@@ -5,14 +5,16 @@ import math
 from bevt_fast.config import Optim
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, optim: Optim) -> float:
+def learning_rate(step: int, total_steps: int, warmup_steps: int, optim: Optim, hold: int = 1) -> float:
     """The rate of step `step` (counted from 0) of `total_steps` (SPEC 5.2).
 
     Cosine from `optim.lr` to `optim.min_lr`, times a linear warm-up that starts at `optim.warmup_start`:
     cosine(step) * (1 - (1 - warmup_start) * (1 - step / warmup_steps)). The official code counts micro-batches; steps
-    differ from that by less than one step.
+    differ from that by less than one step. The cosine moves every `hold` steps: once an epoch in fine-tuning (SPEC
+    6.1), where the warm-up moves every step all the same.
     """
-    cosine = optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * step / total_steps))
+    place = step // hold * hold
+    cosine = optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * place / total_steps))
     if step >= warmup_steps:
         return cosine
     return cosine * (1 - (1 - optim.warmup_start) * (1 - step / warmup_steps))

@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "bevt_fast" / "train.py"
+FINETUNE = ROOT / "bevt_fast" / "finetune.py"
 STARTED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OURS = (*STARTED_BY, "TRITON_INTERPRET")  # what the test process has set and a user has not
 
@@ -52,14 +53,14 @@ def written(values: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def train_here(*arguments: str | Path) -> int:
-    """`train.py ARGUMENTS` in this process; returns its exit code. What it changes of the process is put back."""
+def train_here(*arguments: str | Path, program: Path = TRAIN) -> int:
+    """`PROGRAM ARGUMENTS` in this process; returns its exit code. What it changes of the process is put back."""
     threads, path = torch.get_num_threads(), list(sys.path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     level = logging.getLogger().level
     try:
-        with mock.patch.object(sys, "argv", [str(TRAIN), *map(str, arguments)]):
-            runpy.run_path(str(TRAIN), run_name="__main__")
+        with mock.patch.object(sys, "argv", [str(program), *map(str, arguments)]):
+            runpy.run_path(str(program), run_name="__main__")
     except SystemExit as exit:
         return int(exit.code or 0)
     finally:

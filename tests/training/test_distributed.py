@@ -35,10 +35,10 @@ from tests.training.command import (
 )
 
 
-def together(processes: int, configs: list[Path]) -> None:
+def together(processes: int, configs: list[Path], program: Path = TRAIN) -> None:
     """All these runs, one after the other, on so many processes."""
     script = Path(__file__).with_name("several_runs.py")
-    arguments = [f"{config}={port}" for config, port in zip(configs, free_ports(len(configs)))]
+    arguments = [str(program), *(f"{config}={port}" for config, port in zip(configs, free_ports(len(configs))))]
     common = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "MASTER_ADDR": "127.0.0.1"}
     started = []
     for rank in range(processes):
