@@ -49,6 +49,9 @@ class Views(Section):
     flip: Share = 0.5
     randaugment: RandAugment | None = None
     erasing: Share = 0.0  # of the clips that lose a rectangle (SPEC 6.4)
+    # half of each micro-batch is the other half played backwards, labelled as the source says: what tells the two apart
+    # is then the order of frames alone
+    twins: bool = False
 
     @model_validator(mode="after")
     def _ranges(self) -> "Views":
@@ -163,6 +166,11 @@ class FinetuneConfig(Section):
     deepspeed: dict[str, Any] = Field(default={})
 
     @property
+    def clips_per_step(self) -> int:
+        """How many clips of the source a step sees: a twin is the same clip again."""
+        return self.data.batch // 2 if self.views.twins else self.data.batch
+
+    @property
     def streams(self) -> dict[str, FinetuneData]:
         """The one stream there is, under the name that messages about its batch have."""
         return {"data": self.data}
@@ -170,6 +178,11 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "FinetuneConfig":
         deepspeed_section(self.deepspeed)
+        if self.views.twins and self.data.micro_batch % 2:
+            raise ValueError(
+                f"views.twins pairs the clips of a micro-batch, and data.micro_batch is {self.data.micro_batch}; make "
+                "it even"
+            )
         if self.data.heldout is None and self.train.mode == "knn":
             raise ValueError(
                 "data names no validation list, and mode 'knn' does nothing but score one; add data.heldout"

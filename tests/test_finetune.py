@@ -32,9 +32,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     options = SHAPES | {"root": str(tmp_path_factory.mktemp("finetune") / "shapes"), "frames": 4}
     for key in ("source", "heldout"):
         values["data"][key]["options"] |= options
+        del values["data"][key]["options"]["motions"]
     values["data"] |= {"batch": 8, "micro_batch": 4, "workers": 0}
-    values["views"] |= {"size": 64, "short_side": 64}
-    values["model"] |= {"size": SIZE, "window": [2, 2, 2], "drop_path": 0.2, "dropout": 0.5}
+    values["views"] |= {"size": 64, "short_side": 64, "twins": False}
+    values["model"] |= {"size": SIZE, "window": [2, 2, 2], "drop_path": 0.2, "dropout": 0.5, "classes": 8}
     values["optim"] |= {"warmup_steps": 2, "cosine": "epoch"}
     values["train"] = {"epochs": 2, "precision": "fp32", "log_every": 1, "save_every": 2, "keep_checkpoints": 4}
     values["train"] |= {"validate_every": 1, "threads": 1}
@@ -221,6 +222,12 @@ def test_labels_and_classes_that_do_not_fit(start, base, tmp_path):
     other = changed(base, {"data.heldout.options.label": "appearance"})["data"]["heldout"]
     is_one_sentence(start({"data.heldout": other}), 3, "data.heldout numbers its classes otherwise", "'")
     is_one_sentence(start({"data.heldout": None}), 2, "no validation list")
+
+
+def test_twins_of_a_source_that_cannot_say_their_labels(start, tmp_path):
+    listing = listed(tmp_path, "".join(f"{k}.mp4 {k}\n" for k in range(8))) | {"views.twins": True}
+    is_one_sentence(start(listing), 2, "views.twins", "does not say which label", "set views.twins to false")
+    assert not (tmp_path / "run").exists()
 
 
 def test_starts_that_do_not_fit(start, tmp_path):

@@ -18,7 +18,15 @@ FLOORS = [
     ("bevt_fast.models",),
     ("bevt_fast.objectives",),
     ("bevt_fast.training",),
-    ("bevt_fast.train", "bevt_fast.prepare", "bevt_fast.finetune", "bevt_fast.evaluate", "bevt_fast.export"),
+    ("bevt_fast.studies",),
+    (
+        "bevt_fast.train",
+        "bevt_fast.prepare",
+        "bevt_fast.finetune",
+        "bevt_fast.evaluate",
+        "bevt_fast.export",
+        "bevt_fast.study",
+    ),
     ("bench", "tests"),
 ]
 # library -> the only modules that may import it

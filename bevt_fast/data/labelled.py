@@ -1,7 +1,8 @@
 """Labelled clips for fine-tuning, read by number as `reader.py` reads a stream: what the i-th micro-batch holds is a
 function of the seed and of i alone, for any number of workers and processes.
 
-A bad file is replaced by a substitute, with the substitute's label.
+A bad file is replaced by a substitute, with the substitute's label. With `views.twins` a micro-batch reads half as many
+clips, and its second half is the first one played backwards.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from bevt_fast.data.loader import Feed, Loader
 from bevt_fast.data.reader import LARGEST_PICTURE, Slot, StreamReader
 from bevt_fast.data.sampling import Place
 from bevt_fast.data.sources import Source
-from bevt_fast.errors import DataError
+from bevt_fast.errors import ConfigError, DataError
 from bevt_fast.finetune_config import FinetuneConfig
 
 KEY = "labelled clips"  # of every draw, where pretraining has the name of a stream
@@ -64,9 +65,10 @@ class LabelledReader(StreamReader):
         self.name, self.source, self.key, self.seed = "data", source, KEY, config.seed
         self.views, self.training, self.mixup = None, config.views, config.train.mixup
         self.accumulation = accumulation(config, world_size)
+        self.twins = labels_of_twins(source) if config.views.twins else None
         self.split = {
             "world_size": world_size,
-            "micro_batch": config.data.micro_batch,
+            "micro_batch": config.data.micro_batch // (1 if self.twins is None else 2),
             "accumulation": self.accumulation,
         }
         self.rank, self.kind, self.dali, self.cache = rank, "clips", None, None
@@ -79,14 +81,18 @@ class LabelledReader(StreamReader):
     def item(self, places: Sequence[Place], bad: list[dict[str, Any]]) -> dict[str, Any]:
         """The samples at `places` as they travel to the training process."""
         found = self.fill([Slot(place, place.index) for place in places], self._views, bad)
-        pixels, views = [pixels for pixels, _ in found], [view for _, view in found]
-        labels = self.source.labels
-        assert labels is not None
+        pixels, views = np.stack([pixels for pixels, _ in found]), [view for _, view in found]
+        assert self.source.labels is not None
+        labels = self.source.labels[[view.file for view in views]].astype(np.int64)
+        erase = torch.tensor([view.erase for view in views])
+        if self.twins is not None:
+            pixels, erase = np.concatenate([pixels, pixels[:, ::-1]]), torch.cat([erase, erase])
+            labels = np.concatenate([labels, self.twins[labels]])
         first = places[0]
         return {
-            "pixels": torch.from_numpy(np.stack(pixels)),
-            "labels": torch.from_numpy(labels[[view.file for view in views]].astype(np.int64)),
-            "erase": torch.tensor([view.erase for view in views]),
+            "pixels": torch.from_numpy(pixels),
+            "labels": torch.from_numpy(labels),
+            "erase": erase,
             "mix": augment.draw_mix(self.mixup, sampling.random_for(self.seed, KEY, *first, "mixup")),
         }
 
@@ -153,6 +159,18 @@ class LabelledLoader(Loader):
             pixels = pixels.mul(kept).add_(pixels.flip(0), alpha=1 - kept)
             targets = targets.mul(kept).add_(targets.flip(0), alpha=1 - kept)
         return LabelledClips(pixels.to(self.dtype), targets)
+
+
+def labels_of_twins(source: Source) -> np.ndarray:
+    """By label, (classes,) int64: that of the same clip played backwards. Raises ConfigError where the source does not
+    know.
+    """
+    if source.reversed_labels is None:
+        raise ConfigError(
+            f"views.twins: the source {source.name!r} does not say which label a clip has when it is played backwards; "
+            "set views.twins to false"
+        )
+    return np.array(source.reversed_labels, dtype=np.int64)
 
 
 def smooth(labels: Tensor, classes: int, smoothing: float) -> Float[Tensor, "B classes"]:

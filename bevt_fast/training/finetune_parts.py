@@ -7,6 +7,7 @@ import torch
 
 from bevt_fast.config import Part, open_part
 from bevt_fast.data import sources
+from bevt_fast.data.labelled import labels_of_twins
 from bevt_fast.data.sources import Source
 from bevt_fast.errors import CheckpointError, ConfigError, DataError
 from bevt_fast.finetune_config import FinetuneConfig
@@ -47,6 +48,8 @@ def open_labelled(config: FinetuneConfig, key: Key = "source") -> Source:
             f"data.{key}: {source.path(first)} has the label {source.labels[first]}, outside 0 to {classes - 1}; set "
             "model.classes, or correct the list"
         )
+    if key == "source" and config.views.twins:
+        labels_of_twins(source)
     sources.preflight(source, config.data.quarantine_share)
     return source
 

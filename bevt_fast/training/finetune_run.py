@@ -59,7 +59,7 @@ class FinetuneRun(Run):
         self.accumulation = configuration.accumulation(config, world.size)
         self._lock = prepare_output(self.output, resume, world)
         found = find_checkpoint(self.output, resume, world)
-        self.epoch_steps = max(1, len(source) // config.data.batch)
+        self.epoch_steps = max(1, len(source) // config.clips_per_step)
         train = config.train
         lengths = schedule.lengths(config.optim, train.epochs, train.steps, self.epoch_steps)
         self.last_step, self.warmup_steps = lengths

@@ -13,6 +13,7 @@ from bevt_fast.config import parse
 from bevt_fast.data import sources
 from bevt_fast.data.labelled import LabelledLoader, LabelledReader, smooth
 from bevt_fast.data.sources import Source
+from bevt_fast.errors import ConfigError
 from bevt_fast.finetune_config import FinetuneConfig
 from tests.training.conftest import SHAPES
 
@@ -29,7 +30,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def settings(**changes) -> FinetuneConfig:
     values = json.loads((ROOT / "configs" / "finetune" / "demo.json").read_text())
     values["data"] |= {"batch": 8, "micro_batch": 2, "workers": 0} | changes.pop("data", {})
-    values["views"] |= {"size": 64, "short_side": 64} | changes.pop("views", {})
+    values["views"] |= {"size": 64, "short_side": 64, "twins": False} | changes.pop("views", {})
+    values["model"]["classes"] = 8
     values["train"] |= changes
     return parse(FinetuneConfig, values, "here")
 
@@ -75,6 +77,39 @@ def test_two_passes_are_drawn_anew(source):
     views = [reader.view(epoch, 3, 3) for epoch in range(6)]
     assert len({view.box for view in views}) == 6 and len({view.flip for view in views}) == 2
     assert views[0] == reader.view(0, 3, 3)
+
+
+def test_half_of_a_batch_of_twins_is_the_other_half_played_backwards(source):
+    config = settings(views=STRONG | {"twins": True}, data={"micro_batch": 4})
+    item = item_of(LabelledReader(config, source))
+    pixels, labels = item["pixels"], item["labels"].tolist()
+    assert pixels.shape == (4, 4, 64, 64, 3) and (pixels[0] != pixels[0].flip(0)).any()
+    assert torch.equal(pixels[2:], pixels[:2].flip(1)) and torch.equal(item["erase"][2:], item["erase"][:2])
+    assert [k ^ 1 for k in labels[:2]] == labels[2:]  # of all eight motions, reverses stand side by side
+    # the clips are those of a run without twins, half as many a micro-batch, and a pass still shows each once
+    plain = LabelledReader(settings(views=STRONG, data={"batch": 4, "micro_batch": 2}), source)
+    assert torch.equal(item_of(plain)["pixels"], pixels[:2])
+    reader = LabelledReader(settings(views={"twins": True}, data={"micro_batch": 4}), source)
+    seen = torch.cat([item_of(reader, number)["labels"][:2] for number in range(12)])
+    assert sorted(seen.tolist()) == sorted(np.asarray(source.labels).tolist())
+
+
+def test_any_number_of_processes_and_workers_makes_the_same_twins(source):
+    config = settings(views=STRONG | {"twins": True}, mixup=0.8, data={"micro_batch": 4})
+    alone = first(config, source, 4)
+    shared = [first(config, source, 2, rank=rank, world_size=2) for rank in range(2)]
+    more = {"micro_batch": 4, "workers": 2}
+    several = first(settings(views=STRONG | {"twins": True}, mixup=0.8, data=more), source, 4)
+    for others in ([batch for pair in zip(*shared) for batch in pair], several):
+        for one, other in zip(alone, others, strict=True):
+            assert torch.equal(one.pixels, other.pixels) and torch.equal(one.targets, other.targets)
+
+
+def test_twins_without_a_label_are_refused(source):
+    unknown = Source(**vars(source) | {"reversed_labels": None})
+    with pytest.raises(ConfigError, match=r"^views.twins: the source 'moving_shapes clips \(train\)' does not say"):
+        LabelledReader(settings(views={"twins": True}), unknown)
+    assert LabelledReader(settings(), unknown).twins is None
 
 
 def test_an_erased_rectangle_is_the_mean_colour_in_every_frame(source):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from bevt_fast.config import Part
-from bevt_fast.data import shapes, sources
+from bevt_fast.data import shape_files, shapes, sources
 from bevt_fast.data.sources import Frames, moving_shapes
 from bevt_fast.errors import ConfigError, DataError
 
@@ -48,7 +48,7 @@ def digests(root):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     place = tmp_path_factory.mktemp("shapes") / "small"
-    moving_shapes.write(place, moving_shapes.Recipe(**SMALL), processes=1)
+    moving_shapes.write(place, shape_files.Recipe.model_validate(SMALL), processes=1)
     return place
 
 
@@ -143,9 +143,9 @@ def ridge_accuracy(features, labels, held_out_features, held_out_labels):
 @pytest.mark.parametrize("offset", [-7.5, 7.5])
 def test_single_frames_tell_the_hue_and_not_the_motion(offset):
     count = 512
-    recipe = moving_shapes.Recipe(clips=count, test_clips=count, images=8, test_images=8, size=32)
-    clips = [item for item in moving_shapes.items(recipe) if item.kind == "clips"]
-    frames = np.stack([shapes.render_frame(moving_shapes.draw(recipe, i), i.motion or 0, 32, offset) for i in clips])
+    recipe = shape_files.Recipe(clips=count, test_clips=count, images=8, test_images=8, size=32)
+    clips = [item for item in shape_files.items(recipe) if item.kind == "clips"]
+    frames = np.stack([shapes.render_frame(shape_files.draw(recipe, i), i.motion or 0, 32, offset) for i in clips])
     small = frames.reshape(len(clips), 8, 4, 8, 4, 3).mean(axis=(2, 4)).reshape(len(clips), -1) / 255
     # how much of the picture has which strong colour
     chroma = frames.reshape(len(clips), -1, 3) / 255
@@ -197,6 +197,40 @@ def test_lists_and_annotations_say_what_the_source_says(root):
     assert not (root / "lists" / "images_train_motion.txt").exists()
 
 
+def test_some_motions_make_a_dataset_of_their_own(tmp_path):
+    few = {"clips": 32, "test_clips": 16, "images": 8, "motions": ["shrink", "grow"]}
+    ours = source(tmp_path / "two", **few)
+    assert ours.classes == ["shrink", "grow"] and ours.reversed_labels == [1, 0]
+    hues = source(tmp_path / "two", **few, label="appearance")
+    assert hues.reversed_labels == list(range(8))
+    assert sorted(zip(labels_of(ours), labels_of(hues))) == sorted([(m, h) for m in range(2) for h in range(8)] * 2)
+    assert (tmp_path / "two" / "lists" / "classes_motion.txt").read_text() == "shrink\ngrow\n"
+    recipe = shape_files.Recipe.model_validate(SMALL | few)
+    item = next(item for item in shape_files.items(recipe) if item.kind == "clips")
+    assert item.motion is not None and shapes.MOTIONS[item.motion] == recipe.classes("motion")[labels_of(ours)[0]]
+    drawn = shapes.render_clip(shape_files.draw(recipe, item), item.motion, 32, 6).astype(float)
+    read = read_clip(tmp_path / "two" / item.path)
+    assert np.mean((read - drawn) ** 2) < np.mean((read - drawn[::-1]) ** 2)
+    # the first clips have all labels alike; a reverse that has no label of its own is not made up
+    assert np.bincount(labels_of(source(tmp_path / "two", **few, limit=16))).tolist() == [8, 8]
+    for motions, known in ((["right", "up"], None), (["right", "down", "left"], None), (["grow", "shrink"], [1, 0])):
+        recipe = shape_files.Recipe.model_validate({"motions": motions})
+        assert shape_files.reversed_labels(recipe, "motion") == known
+
+
+def test_no_test_clip_is_drawn_as_a_training_clip(root):
+    """Whatever the motions, so that a model may be tested on another dataset than the one it has seen."""
+    drawn = {}
+    for split in ("train", "test"):
+        scenes = set()
+        for motions in (None, ["right", "left"], ["grow", "shrink"]):
+            recipe = shape_files.Recipe.model_validate({"clips": 64, "test_clips": 64, "motions": motions})
+            items = [item for item in shape_files.items(recipe) if item.split == split]
+            scenes |= {shape_files.draw(recipe, item).objects[0].middle for item in items}
+        drawn[split] = scenes
+    assert drawn["train"] and not drawn["train"] & drawn["test"]
+
+
 def read_clip(path):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -213,12 +247,12 @@ def read_image(path):
 
 
 def test_files_decode_to_what_was_drawn(root):
-    recipe = moving_shapes.Recipe(**SMALL)
+    recipe = shape_files.Recipe.model_validate(SMALL)
     for kind, shape in (("clips", (6, 32, 32, 3)), ("images", (32, 32, 3))):
-        chosen = [item for item in moving_shapes.items(recipe) if (item.kind, item.split) == (kind, "test")]
+        chosen = [item for item in shape_files.items(recipe) if (item.kind, item.split) == (kind, "test")]
         drawn, read = [], []
         for item in chosen:
-            scene = moving_shapes.draw(recipe, item)
+            scene = shape_files.draw(recipe, item)
             if kind == "clips":
                 drawn.append(shapes.render_clip(scene, item.motion or 0, 32, 6))
                 read.append(read_clip(root / item.path))
@@ -235,7 +269,7 @@ def test_files_decode_to_what_was_drawn(root):
 
 
 def test_same_options_give_the_same_bytes(root, tmp_path):
-    moving_shapes.write(tmp_path / "two", moving_shapes.Recipe(**SMALL), processes=2)
+    moving_shapes.write(tmp_path / "two", shape_files.Recipe.model_validate(SMALL), processes=2)
     files = digests(root)
     assert files == digests(tmp_path / "two")
     media = [value for name, value in files.items() if name.endswith((".webm", ".jpg"))]
@@ -243,7 +277,9 @@ def test_same_options_give_the_same_bytes(root, tmp_path):
 
 
 def test_another_seed_gives_other_files(root, tmp_path):
-    recipe = moving_shapes.Recipe(**{**SMALL, "clips": 1, "test_clips": 1, "images": 1, "test_images": 1}, seed=1)
+    recipe = shape_files.Recipe.model_validate(
+        {**SMALL, "clips": 1, "test_clips": 1, "images": 1, "test_images": 1, "seed": 1}
+    )
     moving_shapes.write(tmp_path / "other", recipe, processes=1)
     media = {v for name, v in digests(tmp_path / "other").items() if name.endswith((".webm", ".jpg"))}
     assert len(media) == 4
@@ -273,6 +309,16 @@ def test_a_root_made_otherwise_is_refused(root, tmp_path):
 def test_wrong_options_are_refused(root):
     with pytest.raises(ConfigError, match="images have no motion"):
         source(root, kind="images", label="motion")
+    with pytest.raises(ConfigError, match="limit is 65, but there are 64 clips in the split 'train'"):
+        source(root, limit=65)
+    with pytest.raises(ConfigError, match="motions must differ from one another, got right, right"):
+        source(root, motions=["right", "right"])
+    with pytest.raises(ConfigError, match=r"motions.*'shrink', got 'sideways'"):
+        source(root, motions=["sideways"])
+    with pytest.raises(ConfigError, match="motions"):
+        source(root, motions=[])
+    with pytest.raises(DataError, match=r"made with motions=None \(asked: \['left', 'right'\]\)"):
+        source(root, motions=["left", "right"])
     with pytest.raises(ConfigError, match="size"):
         source(root, size=95)
     with pytest.raises(ConfigError, match="did you mean 'clips'"):
@@ -315,5 +361,5 @@ def test_a_killed_generation_is_done_again(root, tmp_path):
 def test_a_failing_writer_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(moving_shapes.sys, "executable", "/bin/false")
     with pytest.raises(OSError, match="2 of 2 writing processes failed: killed"):
-        moving_shapes.write(tmp_path / "none", moving_shapes.Recipe(**SMALL), processes=2)
+        moving_shapes.write(tmp_path / "none", shape_files.Recipe.model_validate(SMALL), processes=2)
     assert not (tmp_path / "none").exists()

@@ -62,6 +62,7 @@ class Source:
     labels: np.ndarray | None = None  # (n,) int64
     classes: list[str] | None = None  # class names, by label
     frames: Frames | None = None  # None: the files are images
+    reversed_labels: Sequence[int] | None = None  # by label, that of the clip played backwards; None: not known
     extents: np.ndarray | None = (
         None  # (n, 2) int64: first frame, number of frames (-1: to the end); for lists that say so
     )

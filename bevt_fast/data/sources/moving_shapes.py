@@ -2,8 +2,9 @@
 
 Two labels: `appearance`, the hue of the objects, seen in any frame; `motion`, told by no single frame, and by no
 shuffled clip up to its direction. `bevt_fast.data.shapes` says why; it speaks of the drawn frames, before VP9 codes
-them. Each of the 64 pairs of labels stands once in every 64 clips, so neither says anything about the other.
-The files are written on first use, and the same options give the same bytes.
+them. Each of the 64 pairs of labels stands once in every 64 clips, so neither says anything about the other (of fewer
+`motions` each of their pairs, in as many clips). The files are written on first use, and the same options give the same
+bytes. Train and test never share a draw, whatever the two datasets they are taken from.
 
     root/dataset.json                    the options that made it
     root/annotations.csv                 one line a file: path, kind, split, motion, appearance, by name
@@ -21,54 +22,38 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal
 
 import av
 import cv2
 import numpy as np
 from av.codec.context import Flags
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from tqdm import tqdm
 
-from bevt_fast.config import Positive, Section
+from bevt_fast.config import Positive
 from bevt_fast.data import shapes
+from bevt_fast.data.shape_files import KINDS, SPLITS, Item, Recipe, draw, items, reversed_labels
 from bevt_fast.data.sources import FrameCount, Frames, Source
 from bevt_fast.errors import DataError
 
 VERSION = 1  # of the drawing and the coding: another one makes other files from the same options
-CLASSES = {"motion": list(shapes.MOTIONS), "appearance": list(shapes.HUES)}
-KINDS = ("clips", "images")
-SPLITS = ("train", "test")
 SHARE = 64  # files that are worth a process of their own
 # constant quality without a target rate; one thread and no row threads, so that the bytes do not depend on the machine
 VP9 = {"deadline": "realtime", "cpu-used": "8", "crf": "20", "row-mt": "0", "threads": "1"}
 JPEG_QUALITY = 92
 
 
-class Recipe(Section):
-    """What makes the files: how many, how large, from which seed. Train and test never share a draw."""
-
-    clips: Positive = 512
-    images: Positive = 1024
-    test_clips: Positive = 128
-    test_images: Positive = 256
-    size: Annotated[int, Field(ge=16, multiple_of=2, strict=True)] = 96  # pixels a side
-    length: Annotated[int, Field(ge=2, strict=True)] = 16  # frames a clip
-    objects: Positive = 3
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
-
-    def count(self, kind: str, split: str) -> int:
-        """How many files there are of a kind in a split."""
-        return getattr(self, kind if split == "train" else f"test_{kind}")
-
-
 class Options(Recipe):
-    """Which part of the dataset. `label` None is motion for clips and appearance for images, which have no motion."""
+    """Which part of the dataset. `label` None is motion for clips and appearance for images, which have no motion.
+    `limit`: only the first so many files of the split; all labels are as common as in the whole, up to a few.
+    """
 
     root: str = "data/moving_shapes"
     split: Literal["train", "test"] = "train"
     kind: Literal["clips", "images"] = "clips"
     label: Literal["motion", "appearance"] | None = None
+    limit: Positive | None = None
     frames: FrameCount = 8
     stride: Positive = 2
 
@@ -78,34 +63,32 @@ class Options(Recipe):
             raise ValueError("images have no motion; take the label 'appearance', or the kind 'clips'")
         return self
 
+    @model_validator(mode="after")
+    def _limit_is_there(self) -> "Options":
+        if self.limit is not None and self.limit > (there := self.count(self.kind, self.split)):
+            raise ValueError(f"limit is {self.limit}, but there are {there} {self.kind} in the split {self.split!r}")
+        return self
+
     def recipe(self) -> Recipe:
         """The options that make the files, without those that choose among them."""
         return Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
-
-
-class Item(NamedTuple):
-    """One file: its path below the root and its labels; images have a motion of None."""
-
-    path: str
-    kind: str
-    split: str
-    index: int
-    motion: int | None
-    appearance: int
 
 
 def build(options: Options) -> Source:
     """The source, its files written first if they are not there. Raises DataError if `root` holds something else."""
     root = ensure(options)
     label = options.label or ("motion" if options.kind == "clips" else "appearance")
-    chosen = [item for item in items(options.recipe()) if (item.kind, item.split) == (options.kind, options.split)]
+    recipe = options.recipe()
+    chosen = [item for item in items(recipe) if (item.kind, item.split) == (options.kind, options.split)]
+    chosen = chosen[: options.limit]
     return Source(
         name=f"moving_shapes {options.kind} ({options.split})",
         root=root,
         paths=[item.path for item in chosen],
-        labels=np.array([getattr(item, label) for item in chosen], dtype=np.int64),
-        classes=CLASSES[label],
+        labels=np.array([item.label(recipe, label) for item in chosen], dtype=np.int64),
+        classes=recipe.classes(label),
         frames=Frames(options.frames, options.stride, "interval") if options.kind == "clips" else None,
+        reversed_labels=reversed_labels(recipe, label) if options.kind == "clips" else None,
     )
 
 
@@ -148,33 +131,10 @@ def write(root: Path, recipe: Recipe, processes: int | None = None) -> None:
     done = _write_here(aside, recipe, 0, 1) if processes == 1 else _write_with(aside, recipe, processes)
     for _ in tqdm(done, total=len(everything), unit="file", leave=False, disable=not sys.stderr.isatty()):
         pass
-    _write_lists(aside, everything)
+    _write_lists(aside, recipe, everything)
     made_by = {"name": "moving_shapes", "version": VERSION, "recipe": recipe.model_dump()}
     (aside / "dataset.json").write_text(json.dumps(made_by, indent=2) + "\n")
     aside.rename(root)
-
-
-def items(recipe: Recipe) -> list[Item]:
-    """Every file of the dataset. In each block of 64 clips all pairs of labels stand once, of 8 images all hues."""
-    listed = []
-    for kind in KINDS:
-        ending = "webm" if kind == "clips" else "jpg"
-        pairs = len(shapes.MOTIONS) * len(shapes.HUES) if kind == "clips" else len(shapes.HUES)
-        for split in SPLITS:
-            order = np.empty(0, dtype=np.int64)
-            for index in range(recipe.count(kind, split)):
-                block, place = divmod(index, pairs)
-                if place == 0:
-                    order = _rng(recipe, "order", kind, split, block).permutation(pairs)
-                motion, hue = divmod(int(order[place]), len(shapes.HUES))
-                path = f"{kind}/{split}/{index:05d}.{ending}"
-                listed.append(Item(path, kind, split, index, motion if kind == "clips" else None, hue))
-    return listed
-
-
-def draw(recipe: Recipe, item: Item) -> shapes.Scene:
-    """The scene of a file. It depends on the hue, never on the motion."""
-    return shapes.draw_scene(_rng(recipe, "scene", item.kind, item.split, item.index), item.appearance, recipe.objects)
 
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
@@ -237,7 +197,7 @@ def _write_with(root: Path, recipe: Recipe, processes: int) -> Iterator[str]:
             raise OSError(f"{failed} of {processes} writing processes failed: {said[-1]}")
 
 
-def _write_lists(root: Path, everything: list[Item]) -> None:
+def _write_lists(root: Path, recipe: Recipe, everything: list[Item]) -> None:
     """The annotations for people, and `path label` lists for any other program."""
     lines = ["path,kind,split,motion,appearance"]
     for item in everything:
@@ -246,12 +206,13 @@ def _write_lists(root: Path, everything: list[Item]) -> None:
     (root / "annotations.csv").write_text("\n".join(lines) + "\n")
     lists = root / "lists"
     lists.mkdir()
-    for label, names in CLASSES.items():
-        (lists / f"classes_{label}.txt").write_text("\n".join(names) + "\n")
+    for label in ("motion", "appearance"):
+        (lists / f"classes_{label}.txt").write_text("\n".join(recipe.classes(label)) + "\n")
         for kind in KINDS:
             for split in SPLITS:
                 chosen = [item for item in everything if (item.kind, item.split) == (kind, split)]
-                pairs = [f"{item.path} {getattr(item, label)}\n" for item in chosen if getattr(item, label) is not None]
+                numbered = [(item.path, item.label(recipe, label)) for item in chosen]
+                pairs = [f"{path} {number}\n" for path, number in numbered if number is not None]
                 if pairs:
                     (lists / f"{kind}_{split}_{label}.txt").write_text("".join(pairs))
 
@@ -281,12 +242,6 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _rng(recipe: Recipe, purpose: str, kind: str, split: str, index: int) -> np.random.Generator:
-    """A generator of its own for every purpose and file, so that files can be drawn in any order and place."""
-    key = (recipe.seed, ("order", "scene").index(purpose), KINDS.index(kind), SPLITS.index(split), index)
-    return np.random.default_rng(key)
 
 
 if __name__ == "__main__":
