@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import av
+
 from bevt_fast.data.packed import File, Packed, is_empty
 
 KINDS = ("missing", "empty", "unreadable", "no_video", "truncated", "too_short", "corrupt", "io", "crash")
@@ -36,11 +38,13 @@ def faults(path: File, kind: str) -> Iterator[None]:
         if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe, or read a device, could take for ever
             raise BadFile("unreadable", path, "not a regular file")
         yield
-    except (BadFile, MemoryError):
+    except BadFile:
         raise
     except FileNotFoundError:
         raise BadFile("missing", path, "no such file") from None
     except Exception as error:  # FFmpeg and Pillow raise a dozen unrelated classes on damaged files
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise  # FFmpeg's own says that a damaged file claims more than any memory holds
         if is_empty(path):
             raise BadFile("empty", path, "0 bytes") from None
         if isinstance(error, OSError) and error.errno in PASSING_ERRORS:

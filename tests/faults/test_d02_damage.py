@@ -1,10 +1,14 @@
 """Frames damaged in the middle of a clip: another sample, the frame before, or the end of the run, as the user says."""
 
 import dataclasses
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from av.error import MemoryError as MemoryOfFFmpeg
 
 from bevt_fast.data import decode
 from bevt_fast.errors import ConfigError
@@ -107,3 +111,24 @@ def test_d02_damage_of_any_kind_kills_no_process(tmp_path: Path, on_damage: str)
     batches, records = making.read(making.given(batch=4, workers=1, on_damage=on_damage), source, 10)
     assert len(batches) == 10 and records
     assert all(record["kind"] in decode.KINDS for record in records)
+
+
+def test_d02_a_file_that_claims_more_than_any_memory_holds_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FFmpeg says it; where Python has no memory left, no file is to blame."""
+    path = media.video(tmp_path / "good.avi", "mjpeg", size=SQUARE, pixel_format="yuvj420p")
+
+    def of(error: MemoryError) -> Callable[..., None]:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(av, "open", of(MemoryOfFFmpeg(errno.ENOMEM, "Cannot allocate memory", str(path))))
+    with pytest.raises(decode.BadFile, match="Cannot allocate memory") as found:
+        decode.probe(path)
+    assert found.value.kind == "unreadable"
+    monkeypatch.setattr(av, "open", of(MemoryError()))
+    with pytest.raises(MemoryError):
+        decode.probe(path)
