@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+# minutes of training each: they begin first, so that the others fill the processes beside them
+LONGEST = {"test_demo.py", "test_study.py", "test_curve.py", "test_integration.py", "test_token_targets.py"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,14 @@ def program():
     return start
 
 
+def pytest_configure(config):
+    # xdist would begin with the files of most tests, and end with minutes of waiting for one that trains
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

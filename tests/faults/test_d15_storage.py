@@ -107,14 +107,17 @@ def test_d15_images_are_tried_again_too(tmp_path: Path, monkeypatch) -> None:
 def test_d15_a_stall_is_waited_for_and_shows_in_the_data_wait(
     folder: Path, clips_only, here, monkeypatch, caplog
 ) -> None:
+    begun = time.monotonic()
     assert here(clips_only(folder, "good")).code == 0
+    # however slow the machine: longer than the batches read ahead last, and than a step
+    stall = max(3.0, (time.monotonic() - begun) / 2)
     opening = av.open
 
     def stalling(path, *arguments, **keywords):
         # once, late enough for other batches to have been logged: a worker opens a file per sample
         if not (folder / "stalled").exists() and time.monotonic() > begin[0]:
             (folder / "stalled").touch()
-            time.sleep(3)
+            time.sleep(stall)
         return opening(path, *arguments, **keywords)
 
     begin = [time.monotonic() + 1]
