@@ -11,8 +11,8 @@ from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.probes import Probe
 from bevt_fast.models.video_swin import VideoSwinConfig
 from bevt_fast.training import distributed, layer_decay
+from bevt_fast.training.base_run import speak
 from bevt_fast.training.finetune_parts import check_parts, open_classifier, open_heldout, open_labelled
-from bevt_fast.training.run import speak
 
 
 def describe(config: FinetuneConfig) -> Iterator[str]:

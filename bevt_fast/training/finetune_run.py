@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made of, and the chores of its loop; those it shares with pretraining are `run.Run`'s.
+"""What a fine-tuning run is made of, and the chores of its loop; those it shares with pretraining are `BaseRun`'s.
 
 A frozen encoder (modes "linear" and "attentive") stays outside the engine: only the probe learns, and checkpoints still
 hold the whole classifier. With a moving average, `model.safetensors` is the average, which is what is scored, and the
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,25 +17,22 @@ from torch import Tensor
 
 from bevt_fast import config as configuration
 from bevt_fast import finetune_config
-from bevt_fast.data import sampling
 from bevt_fast.data.labelled import LabelledClips, LabelledLoader
 from bevt_fast.data.sources import Source
-from bevt_fast.errors import CheckpointError, ConfigError
+from bevt_fast.errors import CheckpointError
 from bevt_fast.finetune_config import FinetuneConfig
 from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.probes import Probe
 from bevt_fast.models.video_swin import VideoSwin, VideoSwinConfig
 from bevt_fast.objectives.classification import ClassificationObjective, ClassLoss
-from bevt_fast.training import checkpoint, distributed, ema, estimate, layer_decay, schedule
+from bevt_fast.training import checkpoint, distributed, ema, estimate, layer_decay
 from bevt_fast.training.assemble import fingerprint, require_same_data
+from bevt_fast.training.base_run import BaseRun, speak
 from bevt_fast.training.checkpoint import Checkpoint
-from bevt_fast.training.distributed import StopSignal, World
+from bevt_fast.training.distributed import World
 from bevt_fast.training.engine import AVERAGE, Engine
 from bevt_fast.training.finetune_parts import check_parts, open_classifier, open_heldout, open_labelled
-from bevt_fast.training.metrics import Metrics, read_log
-from bevt_fast.training.output import find_checkpoint, prepare_output
-from bevt_fast.training.quarantine import Quarantine
-from bevt_fast.training.run import Run, speak
+from bevt_fast.training.metrics import read_log
 from bevt_fast.training.validation import validate
 
 log = logging.getLogger("bevt_fast")
@@ -44,43 +40,21 @@ log = logging.getLogger("bevt_fast")
 LEARNING = "learning"  # suffix of the weights behind a moving average, in optimizer.safetensors
 
 
-class FinetuneRun(Run):
+class FinetuneRun(BaseRun):
     """Everything `finetune` uses; built by `build`."""
 
-    config: FinetuneConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    batches: LabelledLoader  # pyright: ignore[reportIncompatibleVariableOverride]
+    config: FinetuneConfig
 
     def __init__(
         self, config: FinetuneConfig, source: Source, heldout: Source | None, world: World, resume: str
     ) -> None:
-        self.config, self.source, self.world = config, source, world
-        self.validation = heldout
-        self.output = Path(config.output)
-        self.accumulation = configuration.accumulation(config, world.size)
-        self._lock = prepare_output(self.output, resume, world)
-        found = find_checkpoint(self.output, resume, world)
+        super().__init__(config, world, resume)
+        self.source, self.validation = source, heldout
         self.epoch_steps = max(1, len(source) // config.clips_per_step)
-        train = config.train
-        lengths = schedule.lengths(config.optim, train.epochs, train.steps, self.epoch_steps)
-        self.last_step, self.warmup_steps = lengths
-        self.first_step = found.step if found else 0
-        if self.first_step > self.last_step:
-            raise ConfigError(
-                f"{self.output} is at step {self.first_step}, beyond the {self.last_step} steps of this configuration; "
-                "raise train.steps or train.epochs, or take --resume none"
-            )
-        self.skipped = found.trainer["skipped"] if found else 0
-        self.bad_in_a_row = found.trainer["bad_in_a_row"] if found else 0
-        self._failed_saves = self._restarts = 0
-        self._saved_step = self.first_step if found else -1
+        self._place(self.epoch_steps, hold=self.epoch_steps if config.optim.cosine == "epoch" else 1)
         self._fingerprints = {"data": {"data": fingerprint(source)}, "tokenizer": ""}
-        self._open_engine(found)
-        if found and world.is_main:
-            for path in checkpoint.set_aside(self.output / "checkpoints", self.first_step):
-                log.warning("going on from step %d, so a later checkpoint is set aside: %s", self.first_step, path)
-        self.quarantine = Quarantine(
-            self.output / "quarantine.jsonl", {"data": len(source)}, config.data.quarantine_share
-        )
+        self._open_engine(self._found)
+        self._watch({"data": len(source)})
         self.batches = LabelledLoader(
             config,
             source,
@@ -90,20 +64,8 @@ class FinetuneRun(Run):
             first_step=self.first_step,
             dtype=self.engine.dtype,
         )
-        self.metrics = Metrics(
-            self.output,
-            total_steps=self.last_step,
-            first_step=self.first_step,
-            images_per_step=0,
-            clips_per_step=config.data.batch,
-            flops_per_step=self._flops(),
-            is_main=world.is_main,
-        )
-        if world.is_main:
-            (self.output / "config.json").write_text(self.resolved_config())
-            log.info("%s", self.describe())
         self.best = max((row["val/top1"] for row in self._validated()), default=-1.0)
-        self.stop = StopSignal()  # last: until here there is nothing to save, and a signal ends the program at once
+        self._begin(0, config.data.batch, self._flops())
 
     def _open_engine(self, found: Checkpoint | None) -> None:
         """The engine around what learns, from its start or as a checkpoint left it."""
@@ -137,22 +99,15 @@ class FinetuneRun(Run):
 
     # -- the loop's questions ------------------------------------------------------------------------------------------
 
-    def learning_rate(self, step: int) -> float:
-        hold = self.epoch_steps if self.config.optim.cosine == "epoch" else 1
-        return schedule.learning_rate(step, self.last_step, self.warmup_steps, self.config.optim, hold)
-
     def is_validated(self, step: int) -> bool:
         every = self.config.train.validate_every * self.epoch_steps
         return bool(every and self.validation) and ((step + 1) % every == 0 or step + 1 == self.last_step)
 
-    def micro_batches(self, step: int) -> Iterator[LabelledClips]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def micro_batches(self, step: int) -> Iterator[LabelledClips]:
         """The micro-batches of one step; behind a frozen encoder its features stand where the pixels were."""
         for micro in range(self.accumulation):
             batch: Any = self._next_batch()
-            # dropped paths and features are drawn from torch's generator: seeded by the micro-batch's place in the
-            # step, not by its process
-            place = micro * self.world.size + self.world.rank
-            torch.manual_seed(sampling.random_for(self.config.seed, "dropout", step, place).getrandbits(63))
+            self._seed("dropout", step, micro)
             if self.encoder is not None:
                 with torch.no_grad():
                     batch = batch._replace(pixels=self.encoder(batch.pixels))
@@ -163,21 +118,11 @@ class FinetuneRun(Run):
         if self.config.train.ema:
             self.engine.average(ema.share(step * self.accumulation + micro))
 
-    def log(self, step: int, losses: list[ClassLoss]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def log(self, step: int, losses: list[ClassLoss]) -> None:
         """One line of the log: the step's mean over micro-batches and processes."""
         means = torch.stack([torch.stack([value.double() for value in loss]) for loss in losses]).mean(0)
         total, accuracy = distributed.average(means).tolist()
-        values = {
-            "train/loss": total,
-            "train/top1": accuracy,
-            "train/lr": self.learning_rate(step),
-            "train/grad_norm": self.engine.grad_norm(),
-            "train/skipped_steps": self.skipped,
-            "data/quarantined": len(self.quarantine),
-            "data/worker_restarts": self._restarts,
-        }
-        pace = self.batches.pace()
-        self.metrics.log(step, values, waited=pace.waited, remedy=pace.advice())
+        self._log(step, {"train/loss": total, "train/top1": accuracy})
 
     def validate(self, step: int) -> None:
         """Score the validation list with what would be saved now, log it, and keep the best under `best/`."""
@@ -210,12 +155,7 @@ class FinetuneRun(Run):
 
     def finish(self) -> None:
         """The end of a run: score it if it was stopped before that, and say where everything lies."""
-        self.save(self.last_step)
-        if self._saved_step != self.last_step:
-            raise CheckpointError(
-                f"the last checkpoint could not be written under {self.output}; make room, and --resume auto trains "
-                "the steps since the one before again"
-            )
+        self._save_last()
         last = self.last_step - 1
         if self.is_validated(last):
             # the main process alone reads its log: another may see an older one, and scoring takes all of them
@@ -231,14 +171,11 @@ class FinetuneRun(Run):
         return json.dumps(finetune_config.resolved(self.config), indent=2)
 
     def describe(self) -> str:
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.objective.parameters())
-        begin = f"going on at step {self.first_step}" if self.first_step else "starting"
         held = f", validated on {len(self.validation):,} clips" if self.validation else ", never validated"
         return (
-            f"{begin}: {len(self.source):,} clips of {self.config.model.classes} classes from {self.source.name}{held}"
-            f"; mode {self.config.train.mode}, {count / 1e6:.1f} M parameters learn; {self.last_step} steps of "
-            f"{self.accumulation} micro-batches on {self.world.size} process(es), {self.world.device.type}, "
-            f"{self.config.train.precision}, ZeRO {self.engine.stage}; output {self.output}"
+            f"{self._begins()}: {len(self.source):,} clips of {self.config.model.classes} classes from "
+            f"{self.source.name}{held}; mode {self.config.train.mode}, {self._parameters()} learn; {self._course()}; "
+            f"output {self.output}"
         )
 
     def summary(self) -> str:

@@ -20,12 +20,12 @@ from bevt_fast.errors import DataError, MachineError
 from bevt_fast.finetune_config import FinetuneConfig
 from bevt_fast.models.probes import NearestNeighbours
 from bevt_fast.training import checkpoint, distributed, scoring
+from bevt_fast.training.base_run import speak
 from bevt_fast.training.distributed import World
 from bevt_fast.training.engine import DTYPES
 from bevt_fast.training.finetune_parts import check_parts, open_classifier, open_heldout, open_labelled
 from bevt_fast.training.metrics import Metrics
 from bevt_fast.training.output import prepare_output
-from bevt_fast.training.run import speak
 
 log = logging.getLogger("bevt_fast")
 

@@ -114,7 +114,7 @@ def test_d15_a_stall_is_waited_for_and_shows_in_the_data_wait(
     opening, opened = av.open, []
 
     def stalling(path, *arguments, **keywords):
-        # in the middle of the run on any machine: 12 steps open a file 48 times, and each of the six once for its header
+        # in the middle of the run on any machine: its 12 steps open 48 files and, where need be, six headers
         opened.append(path)
         if len(opened) == 30:
             (folder / "stalled").touch()
