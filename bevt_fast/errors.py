@@ -2,7 +2,8 @@
 with it.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 EXIT_USAGE = 2
@@ -49,3 +50,16 @@ class MachineError(UserError):
     """This machine lacks something the configuration asks for."""
 
     exit_code = EXIT_ENVIRONMENT
+
+
+def outcome(program: Callable[[], int | None]) -> int:
+    """The exit code of a program: its own (0 where it returns None), that of its UserError, whose sentence goes to
+    stderr, or 130 where the user interrupts it.
+    """
+    try:
+        return program() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_SIGINT

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
 else:  # run as a module of a clone that may not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from bevt_fast.errors import EXIT_SIGINT, ConfigError, DataError, MachineError, UserError
+from bevt_fast.errors import ConfigError, DataError, MachineError, outcome
 
 if TYPE_CHECKING:
     from bevt_fast.data.sources import Source
@@ -241,21 +241,17 @@ def _count(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the program the command line names. Returns the exit code."""
     options = command_line(sys.argv[1:] if argv is None else argv)
+    return outcome(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     from bevt_fast.training import distributed
 
-    world = None
+    world = distributed.start(options.threads)
     try:
-        world = distributed.start(options.threads)
         options.run(options, world)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_SIGINT
     finally:
-        if world is not None:
-            distributed.leave()
-    return 0
+        distributed.leave()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
 else:  # run as a module of a clone that may not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from bevt_fast.errors import EXIT_SIGINT, ConfigError, MachineError, UserError
+from bevt_fast.errors import ConfigError, MachineError, outcome
 
 if TYPE_CHECKING:
     from bevt_fast.training.restored import Restored
@@ -102,14 +102,7 @@ def _example(restored: "Restored", frames: int | None, pixels: int | None) -> tu
 def main(argv: list[str] | None = None) -> int:
     """Export as the command line says. Returns the exit code."""
     options = command_line(argv)
-    try:
-        print("\n".join(export(options)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_SIGINT
-    return 0
+    return outcome(lambda: print("\n".join(export(options))))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ else:  # run as a module of a clone that may not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from bevt_fast.config import command_line
-from bevt_fast.errors import EXIT_SIGINT, UserError
+from bevt_fast.errors import MachineError, UserError, outcome
 from bevt_fast.finetune_config import FinetuneConfig, load_finetune
 
 if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
@@ -66,30 +66,31 @@ def finetune(run: FinetuneRun) -> int:
     return 0
 
 
-def main(config: FinetuneConfig, resume: str = "none", dry_run: bool = False) -> int:
-    """Build the run, or only describe it; returns the exit code."""
+def main(config: FinetuneConfig, resume: str = "none", dry_run: bool = False, gpu: str | None = None) -> int:
+    """Build the run, or only describe it, as it would be on `gpu`; returns the exit code."""
     if dry_run:
         from bevt_fast.training.finetune_dry_run import describe
 
-        for paragraph in describe(config):
+        for paragraph in describe(config, gpu):
             print(paragraph, flush=True)
         return 0
-    if config.train.mode == "knn":
-        nearest_neighbours(config)
-        return 0
-    run = build(config, resume)
     try:
-        return finetune(run)
-    finally:
-        run.close()
+        if config.train.mode == "knn":
+            nearest_neighbours(config)
+            return 0
+        run = build(config, resume)
+        try:
+            return finetune(run)
+        finally:
+            run.close()
+    except (MemoryError, RuntimeError) as error:
+        from bevt_fast.training.finetune_memory import out_of_memory
+
+        if (sentence := out_of_memory(config, error)) is None:
+            raise
+        raise MachineError(sentence) from error
 
 
 if __name__ == "__main__":
-    try:
-        code = main(CONFIG, ARGUMENTS.resume, ARGUMENTS.dry_run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except KeyboardInterrupt:  # before the first step; afterwards the run saves and returns the code itself
-        code = EXIT_SIGINT
-    sys.exit(code)
+    # an interrupt ends it before the first step only; afterwards the run saves and returns the code itself
+    sys.exit(outcome(lambda: main(CONFIG, ARGUMENTS.resume, ARGUMENTS.dry_run, ARGUMENTS.gpu)))

@@ -21,7 +21,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
     root = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(root), str(root / "kernels")]
 
-from bevt_fast.errors import EXIT_SIGINT, ConfigError, DataError, UserError
+from bevt_fast.errors import ConfigError, DataError, outcome
 
 if TYPE_CHECKING:
     from bevt_fast.data.sources import Source
@@ -340,14 +340,7 @@ def _count(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the program the command line names. Returns the exit code."""
     options = command_line().parse_args(argv)
-    try:
-        options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_SIGINT
-    return 0
+    return outcome(lambda: options.run(options))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: look from the repository root and kernel
 else:  # run as a module of a clone that may not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from bevt_fast.errors import EXIT_SIGINT, EXIT_SIGTERM, ConfigError, MachineError, UserError
+from bevt_fast.errors import EXIT_SIGTERM, ConfigError, MachineError, outcome
 from bevt_fast.studies import report
 from bevt_fast.studies.config import Study, load
 from bevt_fast.studies.jobs import Job, Runner, expected, plan
@@ -94,7 +94,10 @@ def locked(out: Path) -> IO[Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the study of the command line. Returns the exit code."""
     options = command_line(argv)
-    out = Path(options.out)
+    return outcome(lambda: _run(options, Path(options.out)))
+
+
+def _run(options: argparse.Namespace, out: Path) -> int:
     try:
         study = load(options.config, options.set)
         jobs = plan(study, out)
@@ -103,15 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         with locked(out):
             return run_study(study, jobs, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
     except OSError as error:
-        failure = MachineError(f"cannot write the study to {out}: {error.strerror or error}; name another --out")
-        print(f"error: {failure}", file=sys.stderr, flush=True)
-        return failure.exit_code
-    except KeyboardInterrupt:
-        return EXIT_SIGINT
+        raise MachineError(f"cannot write the study to {out}: {error.strerror or error}; name another --out") from None
     except Terminated:
         return EXIT_SIGTERM
 

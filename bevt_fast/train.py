@@ -14,7 +14,7 @@ else:  # run as a module of a clone that may not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from bevt_fast.config import Config, command_line, load
-from bevt_fast.errors import EXIT_SIGINT, MachineError, UserError
+from bevt_fast.errors import MachineError, UserError, outcome
 
 if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
     try:
@@ -118,11 +118,5 @@ def main(config: Config, resume: str = "none", dry_run: bool = False, gpu: str |
 
 
 if __name__ == "__main__":
-    try:
-        code = main(CONFIG, ARGUMENTS.resume, ARGUMENTS.dry_run, ARGUMENTS.gpu)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except KeyboardInterrupt:  # before the first step; afterwards the run saves and returns the code itself
-        code = EXIT_SIGINT
-    sys.exit(code)
+    # an interrupt ends it before the first step only; afterwards the run saves and returns the code itself
+    sys.exit(outcome(lambda: main(CONFIG, ARGUMENTS.resume, ARGUMENTS.dry_run, ARGUMENTS.gpu)))

@@ -1,6 +1,7 @@
 """Fine-tuning runs: they learn, log, validate, go on bit by bit, and refuse what does not fit with one sentence."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,40 @@ def start(base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[st
         return Finished(code, *map(str, capsys.readouterr()))
 
     return run
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"train.mode": "linear"}, {"train.ema": True}], ids=["plain", "frozen", "average"]
+)
+def test_dry_run_says_what_a_gpu_would_need(changes, start) -> None:
+    done = start(changes, "--dry-run", "--gpu", "A100-40GB")
+    assert done.code == 0 and "memory of a process on A100-40GB (asked for)" in done.out
+    rows_ = dict(re.findall(r"^  (.{46}) +([\d,.]+) MiB", done.out, re.M))
+    sizes = {name.strip(): float(size.replace(",", "")) for name, size in rows_.items()}
+    whole, of = sizes.pop("sum"), sizes.pop("of A100-40GB")
+    assert of == 40 * 1024 and whole == pytest.approx(sum(sizes.values()), abs=0.5)
+    assert ("frozen encoder" in sizes) == ("train.mode" in changes)
+    assert ("moving average of the weights" in sizes) == ("train.ema" in changes)
+    assert "divides the batch: 8 clips" in done.out
+
+
+def test_the_gpu_of_a_dry_run_is_known(start) -> None:
+    for mode in ("finetune", "knn"):
+        is_one_sentence(start({"train.mode": mode}, "--dry-run", "--gpu", "A1000"), 2, "known are: B200")
+    done = start({}, "--gpu", "A100")
+    assert done.code == 2 and "--gpu says what --dry-run predicts for" in done.error
+
+
+def test_out_of_memory_ends_with_the_estimate_and_settings(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("bevt_fast.training.finetune_run.build", build)
+    done = start()
+    is_one_sentence(done, 6, "a micro-batch of 4 clips needs about", "this machine has", "--set data.micro_batch=2 ")
+    assert "--set model.activation_checkpointing=true" in done.error and "--set views.size=32" in done.error
+    # twins come in pairs: there is no smaller micro-batch
+    assert "micro_batch" not in start({"data.micro_batch": 2, "views.twins": True}).error.split("less")[1]
 
 
 def is_one_sentence(done: Finished, code: int, *words: str) -> None:

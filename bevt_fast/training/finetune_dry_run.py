@@ -10,20 +10,25 @@ from bevt_fast.finetune_config import FinetuneConfig
 from bevt_fast.models.classifier import Classifier
 from bevt_fast.models.probes import Probe
 from bevt_fast.models.video_swin import VideoSwinConfig
-from bevt_fast.training import distributed, layer_decay
+from bevt_fast.training import distributed, finetune_memory, layer_decay, prediction
 from bevt_fast.training.base_run import speak
 from bevt_fast.training.finetune_parts import check_parts, open_classifier, open_heldout, open_labelled
 
 
-def describe(config: FinetuneConfig) -> Iterator[str]:
-    """Parameters, groups, files and the first micro-batch, a paragraph at a time. Raises what the run itself would."""
+def describe(config: FinetuneConfig, gpu: str | None = None) -> Iterator[str]:
+    """Parameters, groups, memory on a GPU by its name, files and the first micro-batch, a paragraph at a time.
+
+    Raises what the run itself would, and ConfigError for an unknown GPU.
+    """
     speak(is_main=True)
+    prediction.chosen_gpu(gpu)
     world_size = distributed.world_size_from_environment()
     check_parts(config)
     with torch.device("meta"):
         yield groups(config, Classifier.of(config))
     if config.train.mode != "knn":
         yield f"{accumulation(config, world_size)} micro-batches of {config.data.micro_batch} clips a step and process"
+        yield finetune_memory.describe(config, world_size, gpu)
     source = open_labelled(config)
     heldout = open_heldout(config, source)
     yield f"data.source: {len(source):,} clips of {source.name} under {source.root}"

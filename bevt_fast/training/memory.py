@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bevt_fast.config import Config, deepspeed_section
+from bevt_fast.finetune_config import FinetuneConfig
 from bevt_fast.models.video_swin import VideoSwinConfig
 from bevt_fast.training import estimate, gpus
 from bevt_fast.training.estimate import BYTES, Answer, StreamShape
@@ -60,13 +61,18 @@ def here() -> Place:
     )
 
 
+def as_gib(size: float) -> str:
+    """'1.50 GiB'."""
+    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
 def learnt(config: Config) -> int:
     """Parameters of the model."""
     shape, vocab_size = VideoSwinConfig.of(config.model), estimate.codebook_size(config)
     return sum(estimate.parameters(shape, vocab_size, tuple(config.streams)).values())
 
 
-def zero_stage(config: Config) -> int:
+def zero_stage(config: Config | FinetuneConfig) -> int:
     return int(deepspeed_section(config.deepspeed).get("zero_optimization", {}).get("stage", 1))
 
 
@@ -74,16 +80,17 @@ def state(config: Config, world_size: int, is_gpu: bool = True, stage: int | Non
     """Bytes that a process holds whatever its micro-batch: for its parameters, and the tokenizer's."""
     stage, count = zero_stage(config) if stage is None else stage, learnt(config)
     rows = estimate.state_bytes(count, config.train.precision, stage, world_size)
-    rows["DeepSpeed's gradient buffers"] = _buffers(config, count, is_gpu, stage)
+    rows["DeepSpeed's gradient buffers"] = gradient_buffers(config, count, is_gpu, stage)
     frozen = estimate.tokenizer_parameters(config.tokenizer.name, estimate.codebook_size(config))
     rows["tokenizer"] = 0.0 if config.data.token_cache else 4.0 * (frozen or 0)
     return rows
 
 
-def _buffers(config: Config, count: int, is_gpu: bool, stage: int) -> float:
+def gradient_buffers(config: Config | FinetuneConfig, count: int, is_gpu: bool, stage: int | None = None) -> float:
     """Every ZeRO stage gathers gradients in a buffer of fixed size, two of them where communication overlaps. On a CPU
     only what is written takes memory.
     """
+    stage = zero_stage(config) if stage is None else stage
     options: dict[str, Any] = deepspeed_section(config.deepspeed).get("zero_optimization", {})
     if not stage or options.get("contiguous_gradients", True) is False:
         return 0.0

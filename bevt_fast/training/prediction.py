@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from bevt_fast.config import Config
 from bevt_fast.training import estimate, gpus, memory, roofline
 from bevt_fast.training.estimate import StreamShape
 from bevt_fast.training.gpus import Gpu
-from bevt_fast.training.memory import Place
+from bevt_fast.training.memory import Place, as_gib
 
 DAY = 86_400
 # training samples of a data set that is not here: Russakovsky et al. 2015; SPEC 8.2
@@ -66,7 +67,7 @@ def memory_lines(config: Config, streams: Sequence[StreamShape], world_size: int
     needs = ""
     if largest:
         whole = memory.needed(memory.with_micro_batches(config, largest), streams, world_size, place)
-        needs = f" ({_gib(whole)})"
+        needs = f" ({as_gib(whole)})"
     lines += [f"  largest micro-batch that fits and divides the batch: {best}{needs}"]
     return [*lines, _zero_line(config, world_size)]
 
@@ -131,31 +132,49 @@ def days(config: Config, streams: Sequence[StreamShape], sizes: Mapping[str, int
     )
 
 
-def out_of_memory(config: Config, error: BaseException) -> str | None:
-    """One sentence for a run that ended so, None if `error` says something else: what its micro-batch needs by the
-    estimate, what this device has, and three settings that need less.
-    """
+class OutOfMemory(NamedTuple):
+    """The first line of the error, and the whole sentence where the micro-batch has nothing to do with it."""
+
+    error: str
+    sentence: str = ""
+
+
+def ran_out(workers: int, prefetch: int, error: BaseException) -> OutOfMemory | None:
+    """None if `error` says something else than that there is no memory left; the loader's settings are named."""
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     # torch says it in a plain RuntimeError of the CPU's memory, and of the GPU's where a library asked for it
     on_gpu = isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in said
     if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in said):
         return None
     if torch.cuda.is_available() and not on_gpu:
-        return (
-            "out of memory: the machine's own, not the GPU's; lower data.workers or data.prefetch (now "
-            f"{config.data.workers} and {config.data.prefetch}), or start fewer processes ({said})"
+        return OutOfMemory(
+            said,
+            f"out of memory: the machine's own, not the GPU's; lower data.workers or data.prefetch (now {workers} and "
+            f"{prefetch}), or start fewer processes ({said})",
         )
+    return OutOfMemory(said)
+
+
+def out_of_memory(config: Config, error: BaseException) -> str | None:
+    """One sentence for a run that ended so, None if `error` says something else: what its micro-batch needs by the
+    estimate, what this device has, and three settings that need less.
+    """
+    if (said := ran_out(config.data.workers, config.data.prefetch, error)) is None:
+        return None
+    if said.sentence:
+        return said.sentence
     place, world_size = memory.here(), int(os.environ.get("WORLD_SIZE", "1") or 1)
     streams = estimate.stream_shapes(config)
     needed = memory.needed(config, streams, world_size, place)
     now = _sizes({name: stream.micro_batch for name, stream in config.streams.items()})
     settings = [
-        f"--set {' --set '.join(setting.keys.split())} (about {_gib(setting.bytes)})"
+        f"--set {' --set '.join(setting.keys.split())} (about {as_gib(setting.bytes)})"
         for setting in memory.remedies(config, streams, world_size, place)
     ]
     return (
-        f"out of memory: by the estimate a micro-batch of {now} needs about {_gib(needed)} a process, and {place.name} "
-        f"has {_gib(place.memory)}; less is needed with {', or '.join(settings)}; --dry-run says more ({said})"
+        f"out of memory: by the estimate a micro-batch of {now} needs about {as_gib(needed)} a process, and "
+        f"{place.name} has {as_gib(place.memory)}; less is needed with {', or '.join(settings)}; --dry-run says "
+        f"more ({said.error})"
     )
 
 
@@ -170,7 +189,3 @@ def _duration(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:,.3g} {unit}" if seconds < 1000 * length else f"{seconds / length:,.0f} {unit}"
     return f"{seconds:.3g} s"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
