@@ -66,7 +66,7 @@ def forward(qkv: Tensor, table: Tensor, layer: Layer) -> Tensor:
         for part in _parts(chunk, heads):
             q, k, v = _matrices(made, part)
             # the queries are not read again, so the result may stand in their place
-            q.copy_(torch.bmm(_weights(q, k, bias[part[0]], chunk), v))
+            q.copy_(_weights(q, k, bias[part], chunk) @ v)
         _scatter(made[:, :, :1], out, chunk)
     return out.view(*qkv.shape[:4], heads, width)
 
@@ -81,14 +81,14 @@ def backward(grad: Tensor, qkv: Tensor, table: Tensor, layer: Layer, table_too: 
         made, given = _gather(flat, chunk), _gather(upstream, chunk)
         for part in _parts(chunk, heads):
             (q, k, v), (do,) = _matrices(made, part), _matrices(given, part)
-            p = _weights(q, k, bias[part[0]], chunk)
-            ds = torch._softmax_backward_data(torch.bmm(do, v.mT), p, -1, torch.float32)
+            p = _weights(q, k, bias[part], chunk)
+            ds = torch._softmax_backward_data(do @ v.mT, p, -1, torch.float32)
             if dbias is not None:
-                dbias[part[0]] += ds if chunk.windows == 1 else ds.sum(dim=0, keepdim=True)
+                dbias[part] += ds.sum(dim=1)
             # each gradient stands where its operand stood, once that is not read again
-            v.copy_(torch.bmm(p.mT, do))
-            dq = torch.bmm(ds, k)
-            torch.mul(torch.bmm(ds.mT, q), scale, out=k)
+            v.copy_(p.mT @ do)
+            dq = ds @ k
+            torch.mul(ds.mT @ q, scale, out=k)
             torch.mul(dq, scale, out=q)
         _scatter(made, dqkv, chunk)
     return dqkv.view(qkv.shape), table.new_empty(0) if dbias is None else _table_gradient(dbias, table, layer)
@@ -117,12 +117,12 @@ def _chunks(layer: Layer, batch: int) -> Iterator[Chunk]:
             yield Chunk(some.flatten(), len(some), foreign)
 
 
-def _parts(chunk: Chunk, heads: int) -> Iterator[tuple[slice, slice]]:
-    """Which heads and windows of a chunk are one batch of products: several heads of one window, or one of several."""
+def _parts(chunk: Chunk, heads: int) -> Iterator[slice]:
+    """Which heads of a chunk are one batch of products: as many as `CHUNK` has room for."""
     tokens = len(chunk.tokens) // chunk.windows
-    step = 1 if chunk.windows > 1 else max(1, CHUNK // tokens**2)
+    step = max(1, CHUNK // (chunk.windows * tokens**2))
     for first in range(0, heads, step):
-        yield slice(first, first + step), slice(0, chunk.windows)
+        yield slice(first, first + step)
 
 
 def _gather(flat: Tensor, chunk: Chunk) -> Tensor:
@@ -135,18 +135,17 @@ def _scatter(made: Tensor, flat: Tensor, chunk: Chunk) -> None:
     flat.index_copy_(0, chunk.tokens, made.flatten(0, 1).to(flat.dtype))
 
 
-def _matrices(made: Tensor, part: tuple[slice, slice]) -> list[Tensor]:
-    """(n, N, parts, nH, d) -> the parts of some heads and windows, each (heads or windows, N, d): views."""
-    heads, which = part
-    return [one[heads, which].flatten(0, 1) for one in made.permute(2, 3, 0, 1, 4)]
+def _matrices(made: Tensor, heads: slice) -> tuple[Tensor, ...]:
+    """(n, N, parts, nH, d) -> the parts of some heads, each (heads, n, N, d): views."""
+    return made[:, :, :, heads].permute(2, 3, 0, 1, 4).unbind()
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, chunk: Chunk) -> Tensor:
-    """softmax(q kT d**-0.5 + bias): (heads or windows, N, N)."""
-    scores = torch.empty(len(q), *bias.shape[1:], device="cpu").copy_(bias)
+    """softmax(q kT d**-0.5 + bias): (heads, n, N, N)."""
+    scores = torch.empty(*q.shape[:2], *bias.shape[1:], device="cpu").copy_(bias[:, None])
     if chunk.foreign is not None:
         scores += chunk.foreign
-    scores.baddbmm_(q, k.mT, alpha=q.shape[-1] ** -0.5)
+    scores.flatten(0, 1).baddbmm_(q.flatten(0, 1), k.mT.flatten(0, 1), alpha=q.shape[-1] ** -0.5)
     if chunk.foreign is not None:
         scores -= scores.amax(dim=-1, keepdim=True)
         torch.threshold_(scores, NEGLIGIBLE, -torch.inf)  # leaves NaN alone
