@@ -20,6 +20,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from bevt_fast.tokenizers import _winograd
+from bevt_fast.tokenizers._winograd import Winograd
+
 
 class Convolution(nn.Module):
     """The numbers of one convolution: stride 1, zero padding to the same size.
@@ -111,13 +114,19 @@ class Plain:
 
 
 class OneDnn:
-    """oneDNN's fused operators, with weights in its blocks for frames of `shape` (n, H, W).
+    """oneDNN's fused operators, with weights in its blocks for frames of `shape` (n, H, W), `frames` of them in all.
+    Wide layers of many small frames take fewer products, by `Winograd`.
 
     The gain is multiplied into weights and bias: it is a power of two, so that only exponents change.
     """
 
-    def __init__(self, layers: Iterable[Convolution], dtype: torch.dtype, shape: Sequence[int]):
-        self.weights = {layer.number: self._packed(layer, dtype, shape) for layer in layers}
+    def __init__(self, layers: Iterable[Convolution], dtype: torch.dtype, shape: tuple[int, int, int], frames: int):
+        self.weights: dict[int, Weights | Winograd] = {}
+        for layer in layers:
+            if layer.gain == 1 and _winograd.applies(layer.w, dtype, (frames, shape[1], shape[2])):
+                self.weights[layer.number] = Winograd.of(layer.w.detach(), layer.b.detach())
+            else:
+                self.weights[layer.number] = self._packed(layer, dtype, shape)
 
     @staticmethod
     def _packed(layer: Convolution, dtype: torch.dtype, shape: Sequence[int]) -> Weights:
@@ -131,7 +140,10 @@ class OneDnn:
         return Weights(packed, b, padding, layer.gain)
 
     def __call__(self, layer: Convolution, x: Tensor, relu: bool = False, onto: Tensor | None = None) -> Tensor:
-        w, b, padding, _ = self.weights[layer.number]
+        laid_out = self.weights[layer.number]
+        if isinstance(laid_out, Winograd):
+            return laid_out(x)
+        w, b, padding, _ = laid_out
         how = ([padding] * 2, [1, 1], [1, 1], 1)
         if onto is not None:
             return torch.ops.mkldnn._convolution_pointwise_.binary(onto, x, w, b, *how, "add", 1.0, None, [], None)
@@ -164,7 +176,7 @@ def _onednn_agrees(dtype: torch.dtype) -> bool:
     try:
         for way in (
             Plain({n: layer.weights(dtype) for n, layer in enumerate(layers)}),
-            OneDnn(layers, dtype, (2, 4, 4)),
+            OneDnn(layers, dtype, (2, 4, 4), 2),
         ):
             results.append((way(layers[0], x), way(layers[0], x, relu=True), way(layers[1], x, onto=onto.clone())))
     except (AttributeError, RuntimeError):

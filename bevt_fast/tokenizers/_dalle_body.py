@@ -142,9 +142,9 @@ class Body(nn.Sequential):
             return x
         fused = x.device.type == "cpu" and len(x) > 0 and _convolution.onednn_runs(x.dtype)
         for stage in self._stages():
-            layers, shape = stage.convolutions(), (min(len(x), stage.frames), *x.shape[-2:])
+            layers, (height, width) = stage.convolutions(), x.shape[-2:]
             if fused:
-                way = _convolution.OneDnn(layers, x.dtype, shape)
+                way = _convolution.OneDnn(layers, x.dtype, (min(len(x), stage.frames), height, width), len(x))
             else:
                 way = _convolution.Plain({layer.number: layer.weights(x.dtype) for layer in layers})
             x = _joined([stage.run(part, way) for part in x.split(stage.frames)])
