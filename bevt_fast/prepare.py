@@ -94,6 +94,7 @@ def _add_moving_shapes(programs: "Programs") -> None:
     shapes.add_argument("--root", default="data/moving_shapes", help="where (default: %(default)s)")
     for name, meaning in SHAPES.items():
         shapes.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=meaning)
+    shapes.add_argument("--motions", nargs="+", metavar="NAME", help="of the clips, e.g. right left (all eight)")
     shapes.set_defaults(run=write_moving_shapes)
 
 
@@ -218,7 +219,7 @@ def write_moving_shapes(options: argparse.Namespace) -> None:
     from bevt_fast.config import parse
     from bevt_fast.data.sources import moving_shapes
 
-    given = {name: value for name in ("root", *SHAPES) if (value := getattr(options, name)) is not None}
+    given = {name: value for name in ("root", "motions", *SHAPES) if (value := getattr(options, name)) is not None}
     part = parse(moving_shapes.Options, given, "moving_shapes")
     place = moving_shapes.ensure(part)
     print(

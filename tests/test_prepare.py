@@ -152,6 +152,11 @@ def test_moving_shapes_and_a_tokenizer_for_them(tmp_path, capsys):
     assert prepare.main([*arguments, "--out", str(tmp_path / "codes.safetensors")]) == 0
     assert prepare.main(["moving_shapes", "--root", str(root), "--size", "31"]) == 2
     assert "size" in capsys.readouterr().err
+    two = ["moving_shapes", "--root", str(tmp_path / "two"), *numbers, "--motions", "left", "right"]
+    assert prepare.main(two) == 0
+    assert (tmp_path / "two" / "lists" / "classes_motion.txt").read_text().split() == ["left", "right"]
+    assert prepare.main([*two[:-1], "sideways"]) == 2
+    assert "'anticlockwise'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
