@@ -17,7 +17,7 @@ parquet = ["pyarrow>=21"]
 onnx = ["onnx", "onnxruntime", "onnxscript"]
 gpu = [*dali, "xformers>=0.0.35"]
 test = [
-    "attrs", "dall-e==0.1", "monai", "pytest", "pytest-timeout", "pytest-xdist", "timm",
+    *onnx, "attrs", "dall-e==0.1", "monai", "pytest", "pytest-timeout", "pytest-xdist", "timm",
     "torchvision>=0.26", "transformers",
 ]  # fmt: skip
 dev = ["pre-commit", "pyright", "ruff"]

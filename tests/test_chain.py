@@ -1,6 +1,5 @@
 """The whole way from the command line, as a user goes it: pretrain, fine-tune or probe, evaluate, export, load it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -121,8 +120,7 @@ def test_a_classifier_goes_the_whole_way(place, tmp_path, capsys):
         assert ask(*model, "--to", form, "--out", file, program=export) == 0
         said = predictions(folder, tmp_path / f"{form}.json", "--checkpoint", file, "--config", shape)
         assert said == json.loads((tmp_path / "said.json").read_text())["videos"]
-    there = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
-    assert ask(*model, "--to", "onnx", "--out", tmp_path / "model.onnx", program=export) == (0 if there else 6)
+    assert ask(*model, "--to", "onnx", "--out", tmp_path / "model.onnx", program=export) == 0
     # and begin again from what was exported
     assert finetuned(place, "linear", pretrained=tmp_path / "exported", output=tmp_path / "onwards").exists()
     two_processes_have_the_numbers_of(place / "finetune", tmp_path / "here", tmp_path / "two")

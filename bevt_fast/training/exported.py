@@ -5,7 +5,8 @@ other programs.
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bevt_kernels import implementation
 Clip = tuple[int, int, int]  # frames, height, width
 TOLERANCE = 1e-5  # of float32 logits, in units of 1 + their size
 SEED = 0  # of the clips that are compared
+MOST_CLIPS = 4096  # that an exported program takes at a time
 
 
 def write_directory(restored: Restored, out: Path) -> list[str]:
@@ -82,7 +84,7 @@ def compared_with_torchvision(classifier: Classifier, theirs: dict[str, Tensor],
         raise CheckpointError(f"this torchvision's swin3d has other names or shapes than ours: {reason}") from None
     # two windows in time and one in space at the last stage: none is clipped, where bias indices would differ (SPEC X2)
     t, h, w = shape.window
-    pixels = _clip((2 * shape.patch[0] * t, 32 * h, 32 * w))
+    pixels = _clips(1, (2 * shape.patch[0] * t, 32 * h, 32 * w))
     with torch.no_grad(), implementation("reference"):
         far = _distance(model.eval()(pixels), classifier(pixels))
     if not far <= TOLERANCE:  # also where one of the two is not finite
@@ -93,36 +95,40 @@ def compared_with_torchvision(classifier: Classifier, theirs: dict[str, Tensor],
 
 
 def write_program(classifier: nn.Module, out: Path, clip: Clip) -> list[str]:
-    """The classifier as a torch.export program for clips (1, 3, T, H, W), compared after it is read back."""
-    pixels = _clip(clip)
+    """The classifier as a torch.export program for clips (N, 3, T, H, W), compared after it is read back."""
     with _traceable():
-        torch.export.save(torch.export.export(classifier, (pixels,)), out)
-    far = _distance(torch.export.load(out).module()(pixels), _logits(classifier, pixels))
-    return [_agreed(out, far, clip)]
+        torch.export.save(torch.export.export(classifier, (_clips(2, clip),), dynamic_shapes=_any_number()), out)
+    program = torch.export.load(out).module()
+    return [_agreed(classifier, program, out, clip)]
 
 
 def write_onnx(classifier: nn.Module, out: Path, clip: Clip) -> list[str]:
-    """The classifier as an ONNX graph for clips (1, 3, T, H, W), compared by ONNX Runtime or the reference of onnx."""
+    """The classifier as an ONNX graph for clips (N, 3, T, H, W), compared by ONNX Runtime or the reference of onnx."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise MachineError(f"exporting to ONNX needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
-    pixels = _clip(clip)
-    with _traceable():
-        torch.onnx.export(
-            classifier, (pixels,), str(out), dynamo=True, input_names=["pixels"], output_names=["logits"], verbose=False
-        )
-    far = _distance(_run_onnx(out, pixels), _logits(classifier, pixels))
-    return [_agreed(out, far, clip)]
+    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["logits"], "dynamic_shapes": _any_number()}
+    with _traceable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        torch.onnx.export(classifier, (_clips(2, clip),), str(out), dynamo=True, verbose=False, **names)
+    session = _open_onnx(out)
+
+    def logits(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(session(None, {"pixels": pixels.numpy()})[0])
+
+    return [_agreed(classifier, logits, out, clip)]
 
 
-def _run_onnx(path: Path, pixels: Tensor) -> Tensor:
-    feed: dict[str, Any] = {"pixels": pixels.numpy()}
+def _open_onnx(path: Path) -> Callable[..., Any]:
     if importlib.util.find_spec("onnxruntime") is not None:
         runtime = importlib.import_module("onnxruntime")
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(None, feed)[0])
-    reference = importlib.import_module("onnx.reference")
-    return torch.from_numpy(reference.ReferenceEvaluator(str(path)).run(None, feed)[0])
+        return runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
+    return importlib.import_module("onnx.reference").ReferenceEvaluator(str(path)).run
+
+
+def _any_number() -> dict[str, Any]:
+    """Of clips."""
+    return {"pixels": {0: torch.export.Dim("clips", min=1, max=MOST_CLIPS)}}
 
 
 @contextlib.contextmanager
@@ -137,8 +143,8 @@ def _logits(classifier: nn.Module, pixels: Tensor) -> Tensor:
         return classifier(pixels)
 
 
-def _clip(clip: Clip) -> Tensor:
-    return torch.randn(1, 3, *clip, generator=torch.Generator().manual_seed(SEED))
+def _clips(count: int, clip: Clip) -> Tensor:
+    return torch.randn(count, 3, *clip, generator=torch.Generator().manual_seed(SEED))
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -146,10 +152,14 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).abs() / (1 + expected.abs())).max())
 
 
-def _agreed(out: Path, far: float, clip: Clip) -> str:
+def _agreed(classifier: nn.Module, written: Callable[[Tensor], Tensor], out: Path, clip: Clip) -> str:
+    """One sentence on the logits of what was written, for one clip and for three."""
+    far = max(_distance(written(pixels), _logits(classifier, pixels)) for pixels in (_clips(1, clip), _clips(3, clip)))
     if not far <= TOLERANCE:
         raise CheckpointError(f"{out} does not compute what the classifier does: logits differ by {far:.1e}")
-    return f"wrote {out} for clips {(1, 3, *clip)}: its logits differ from ours by {far:.1e} at most"
+    return (
+        f"wrote {out} for clips (N, 3, {', '.join(map(str, clip))}): its logits differ from ours by {far:.1e} at most"
+    )
 
 
 def _save(tensors: dict[str, Tensor], out: Path, wrap: bool) -> None:

@@ -66,8 +66,8 @@ def _refusal(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, mask_token:
             return f"there is no kernel for {tensor.dtype}"
     if tokens.shape[-1] > WIDEST:
         return f"the kernels take at most {WIDEST} channels, got {tokens.shape[-1]}"
-    if tokens.shape[:-1].numel() >= 2**31:
-        return f"the kernels take less than 2**31 tokens, got {tokens.shape[:-1].numel()}"
+    if math.prod(tokens.shape[:-1]) >= 2**31:
+        return f"the kernels take less than 2**31 tokens, got {math.prod(tokens.shape[:-1])}"
     return None
 
 
