@@ -17,7 +17,7 @@ from torch import Tensor
 from .window_geometry import SEPARATED, BiasIndex, Triple, bias_rows, kinds, roll, used_window, windows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CHUNK = 1 << 19  # scores: 2 MiB
+CHUNK = 1 << 19  # scores a thread: 2 MiB
 # weights below exp(-64) of the largest become 0: 4,096 of them lack 2**-80 of a row's sum. Left alone, the exp(-100) of
 # two tokens that the shift brought together is too small for a normal float32, and products with such take a CPU many
 # times as long
@@ -107,20 +107,27 @@ def _table_gradient(dbias: Tensor, table: Tensor, layer: Layer) -> Tensor:
 
 
 def _chunks(layer: Layer, batch: int) -> Iterator[Chunk]:
-    """All windows of all samples, kind after kind, as many at a time as `CHUNK` has room for scores of one head."""
+    """All windows of all samples, kind after kind, as many at a time as there is room for scores of one head."""
     if not batch:
         return
     for places, foreign in zip(layer.places, layer.foreign):
         starts = torch.arange(batch, device="cpu") * layer.tokens
         tokens = (starts[:, None, None] + places).flatten(0, 1)  # (B * windows, N)
-        for some in tokens.split(max(1, CHUNK // places.shape[1] ** 2)):
+        for some in tokens.split(_room(places.shape[1] ** 2)):
             yield Chunk(some.flatten(), len(some), foreign)
 
 
+def _room(scores: int) -> int:
+    """How many times so many scores are made at a time: the same number for every thread, where there are enough."""
+    threads = torch.get_num_threads()
+    count = CHUNK * threads // scores
+    return max(1, count // threads * threads or count)
+
+
 def _parts(chunk: Chunk, heads: int) -> Iterator[slice]:
-    """Which heads of a chunk are one batch of products: as many as `CHUNK` has room for."""
+    """Which heads of a chunk are one batch of products: as many as there is room for."""
     tokens = len(chunk.tokens) // chunk.windows
-    step = max(1, CHUNK // (chunk.windows * tokens**2))
+    step = _room(chunk.windows * tokens**2)
     for first in range(0, heads, step):
         yield slice(first, first + step)
 
