@@ -21,7 +21,7 @@ class AttentivePool(nn.Module):
     def forward(self, features: Float[Tensor, "B t h w K"]) -> Float[Tensor, "B K"]:
         """F4 to one vector a clip."""
         tokens = self.norm(features.flatten(1, 3))
-        query = self.query.expand(len(tokens), -1, -1)
+        query = self.query.expand(tokens.shape[0], -1, -1)
         return self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
 
 

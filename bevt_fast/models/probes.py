@@ -54,6 +54,6 @@ class NearestNeighbours(nn.Module):
         features = F.normalize(self.encoder(pixels).float().mean(dim=(1, 2, 3)), dim=1)
         nearness, places = (features @ self.bank.T.float()).topk(self.neighbours, dim=1)
         weights = (nearness / self.temperature).softmax(dim=1)
-        votes = torch.zeros(len(features), self.classes, device=features.device)
+        votes = torch.zeros(features.shape[0], self.classes, device=features.device)
         votes.scatter_add_(1, self.labels[places], weights)
         return votes.clamp_min(1e-12).log()
