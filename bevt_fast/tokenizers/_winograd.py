@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILES = 392  # at a time; 16 sums of each channel of them are held
+TILES = 196  # at a time; 16 sums of each channel of them are held
 LEAST = 256  # tiles in all frames: with fewer, laying out the weights takes longer than is won
 # harmonic mean, halved, of input and output channels: products grow with both, sums with one of them
 CHANNELS = 128
