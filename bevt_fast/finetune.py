@@ -4,6 +4,7 @@ or plain python.
 Fine-tuning, a linear or an attentive probe, and nearest neighbours are configurations of this one text (`train.mode`).
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ else:  # run as a module of a clone that may not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from bevt_fast.config import command_line
-from bevt_fast.errors import MachineError, UserError, outcome
+from bevt_fast.errors import UserError, outcome
 from bevt_fast.finetune_config import FinetuneConfig, load_finetune
 
 if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
@@ -29,7 +30,9 @@ from typing import TYPE_CHECKING
 
 from bevt_fast.data.labelled import LabelledClips
 from bevt_fast.objectives.classification import ClassLoss
+from bevt_fast.training.finetune_memory import out_of_memory
 from bevt_fast.training.finetune_run import FinetuneRun, build
+from bevt_fast.training.prediction import explained
 from bevt_fast.training.validation import nearest_neighbours
 
 if TYPE_CHECKING:
@@ -74,21 +77,12 @@ def main(config: FinetuneConfig, resume: str = "none", dry_run: bool = False, gp
         for paragraph in describe(config, gpu):
             print(paragraph, flush=True)
         return 0
-    try:
+    with explained(lambda error: out_of_memory(config, error)):
         if config.train.mode == "knn":
             nearest_neighbours(config)
             return 0
-        run = build(config, resume)
-        try:
+        with contextlib.closing(build(config, resume)) as run:
             return finetune(run)
-        finally:
-            run.close()
-    except (MemoryError, RuntimeError) as error:
-        from bevt_fast.training.finetune_memory import out_of_memory
-
-        if (sentence := out_of_memory(config, error)) is None:
-            raise
-        raise MachineError(sentence) from error
 
 
 if __name__ == "__main__":

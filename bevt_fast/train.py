@@ -4,6 +4,7 @@ Image-only, clip-only and joint pretraining are configurations of this one text:
 leaves out is None and adds nothing to the loss.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ else:  # run as a module of a clone that may not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from bevt_fast.config import Config, command_line, load
-from bevt_fast.errors import MachineError, UserError, outcome
+from bevt_fast.errors import UserError, outcome
 
 if __name__ == "__main__":  # a wrong key is refused here, before torch is imported
     try:
@@ -30,6 +31,7 @@ import torch
 
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets, send, unknown
 from bevt_fast.training.overlap import beside
+from bevt_fast.training.prediction import explained, out_of_memory
 from bevt_fast.training.run import Run, build
 
 if TYPE_CHECKING:
@@ -103,18 +105,8 @@ def main(config: Config, resume: str = "none", dry_run: bool = False, gpu: str |
         for paragraph in describe(config, gpu):
             print(paragraph, flush=True)
         return 0
-    try:
-        run = build(config, resume)
-        try:
-            return train(run)
-        finally:
-            run.close()
-    except (MemoryError, RuntimeError) as error:
-        from bevt_fast.training.prediction import out_of_memory
-
-        if (sentence := out_of_memory(config, error)) is None:
-            raise
-        raise MachineError(sentence) from error
+    with explained(lambda error: out_of_memory(config, error)), contextlib.closing(build(config, resume)) as run:
+        return train(run)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import cv2
@@ -214,8 +215,8 @@ class Feed:
             try:
                 item = next(self._items)  # type: ignore[arg-type]
             except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker's batch cannot be fetched
-                if not multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=1.0):
-                    raise  # an error inside a worker, not its death
+                if not any_dead(self._workers):
+                    raise
                 self._restart(error)
                 continue
             self.position += 1
@@ -246,13 +247,8 @@ class Feed:
             # its own generator: the loader must not draw from the one that dropout uses
             generator=torch.Generator(),
         )
-        # a decoder with threads that is garbage here must not be freed in a worker: it would wait for threads for ever
-        gc.collect()
         self.reader.crashes.watch(self.data.workers)
-        before = set(multiprocessing.active_children())
-        with sigchld_unchanged():
-            self._items = iter(loader)
-        self._workers = [child for child in multiprocessing.active_children() if child not in before]
+        self._items, self._workers = fork(loader)
 
     def _restart(self, error: Exception) -> None:
         dead = {w.pid for w in self._workers if w.exitcode not in (None, -signal.SIGKILL)}
@@ -262,7 +258,7 @@ class Feed:
         self._unexplained += -1 if self.reader.crashes.blame(dead) else 1
         if self._unexplained > MAX_RESTARTS:
             raise DataError(
-                f"{self.reader.name}: a loader process died {self.restarts} times ({_first_line(error)}); "
+                f"{self.reader.name}: a loader process died {self.restarts} times ({first_line(error)}); "
                 "if memory or /dev/shm ran out, lower data.workers or data.prefetch"
             ) from None
 
@@ -277,7 +273,7 @@ class _From(Iterable[int]):
         return itertools.count(self.first)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -293,9 +289,24 @@ def _settle(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def fork(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
+    """The items of a loader, and the workers it has forked to read them."""
+    # a decoder with threads that is garbage here must not be freed in a worker: it would wait for threads for ever
+    gc.collect()
+    with _sigchld_unchanged():
+        items = iter(loader)
+    # its own list, private as it is: multiprocessing.active_children() forgets a worker that is dead already
+    return items, list(getattr(items, "_workers", ()))
+
+
+def any_dead(workers: list[BaseProcess]) -> bool:
+    """Whether what `fork`'s items raised is a worker's death, not an error inside one: the death may come later."""
+    return bool(multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0))
+
+
 @contextlib.contextmanager
-def sigchld_unchanged() -> Iterator[None]:
-    """torch's handler would raise wherever the trainer is when a worker dies; `Feed.next` finds out by itself."""
+def _sigchld_unchanged() -> Iterator[None]:
+    """torch's handler would raise wherever the trainer is when a worker dies; whoever takes its items finds out."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if before is not None and threading.current_thread() is threading.main_thread():

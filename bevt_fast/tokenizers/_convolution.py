@@ -142,7 +142,7 @@ class OneDnn:
     def __call__(self, layer: Convolution, x: Tensor, relu: bool = False, onto: Tensor | None = None) -> Tensor:
         laid_out = self.weights[layer.number]
         if isinstance(laid_out, Winograd):
-            return laid_out(x)
+            return laid_out(x, relu)
         w, b, padding, _ = laid_out
         how = ([padding] * 2, [1, 1], [1, 1], 1)
         if onto is not None:

@@ -5,6 +5,7 @@ pixels of one channel, and halves, which are exact. Sums over channels are short
 in float32 the result is no further from the exact one. Worth it where channels are many and pixels few.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ FILTERED = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 class Winograd(NamedTuple):
-    """relu(conv(x) + b) of one layer."""
+    """conv(x) + b of one layer, and its ReLU."""
 
     v: Tensor  # (16, K, C), of the weights
     b: Tensor
@@ -32,16 +33,16 @@ class Winograd(NamedTuple):
         both = both.view(4, 4, 3, 3).transpose(0, 1).reshape(16, 9)
         return cls((both @ w.reshape(-1, 9).T).view(16, *w.shape[:2]), b)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, relu: bool) -> Tensor:
         """(n, C, H, W) -> (n, K, H, W), both in channels_last; H and W are even."""
         n, _, height, width = x.shape
         out = x.new_empty(n, height, width, len(self.b))
         frames = max(1, 4 * TILES // (height * width))
         for some, done in zip(x.movedim(1, -1).split(frames), out.split(frames)):
-            self._tiles(some, done)
+            self._tiles(some, relu, done)
         return out.movedim(-1, 1)
 
-    def _tiles(self, x: Tensor, out: Tensor) -> None:
+    def _tiles(self, x: Tensor, relu: bool, out: Tensor) -> None:
         """(n, H, W, C) -> out (n, H, W, K)."""
         n, height, width, channels = x.shape
         rows = x.new_empty(4, n, height // 2, width, channels)
@@ -52,7 +53,7 @@ class Winograd(NamedTuple):
         both = _collected(_collected(products).transpose(0, 1))  # (row, column, n, h, w, K)
         both += self.b
         places = out.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(2, 4, 0, 1, 3, 5)
-        torch.clamp_min(both, 0, out=places)
+        torch.clamp_min(both, 0 if relu else -math.inf, out=places)
 
 
 def applies(w: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:

@@ -1,13 +1,15 @@
 """What is said of a run before it starts, and when it has run out of memory: `memory` and `roofline` as sentences."""
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from bevt_fast.config import Config
+from bevt_fast.errors import MachineError
 from bevt_fast.training import estimate, gpus, memory, roofline
 from bevt_fast.training.estimate import StreamShape
 from bevt_fast.training.gpus import Gpu
@@ -153,6 +155,17 @@ def ran_out(workers: int, prefetch: int, error: BaseException) -> OutOfMemory | 
             f"{prefetch}), or start fewer processes ({said})",
         )
     return OutOfMemory(said)
+
+
+@contextlib.contextmanager
+def explained(sentence: Callable[[BaseException], str | None]) -> Iterator[None]:
+    """What runs out of memory within raises MachineError with `sentence(error)`; None of it leaves the error alone."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if (said := sentence(error)) is None:
+            raise
+        raise MachineError(said) from error
 
 
 def out_of_memory(config: Config, error: BaseException) -> str | None:

@@ -5,10 +5,7 @@ goes through the network together, so the shapes of all matrix products, and wit
 process. Nothing is padded and nothing counts twice. A file that no decoder opens is counted and reported, never scored.
 """
 
-import gc
 import json
-import multiprocessing
-import multiprocessing.connection
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bevt_fast.data.loader import MAX_RESTARTS, sigchld_unchanged
+from bevt_fast.data.loader import MAX_RESTARTS, any_dead, fork
 from bevt_fast.data.pipeline_reference import normalise
 from bevt_fast.data.sources import Source
 from bevt_fast.data.views import Temporal, ViewReader, Views
@@ -202,8 +199,8 @@ def _read(reader: ViewReader, groups: Sequence[range], workers: int) -> Iterator
                 done += 1
                 yield item
         except (RuntimeError, OSError, EOFError):  # the last two: a dead worker's item cannot be fetched
-            if not multiprocessing.connection.wait([worker.sentinel for worker in started], timeout=1.0):
-                raise  # an error inside a worker, not its death
+            if not any_dead(started):
+                raise
             dead = {worker.pid for worker in started if worker.exitcode not in (None, 0, -signal.SIGKILL)}
             unexplained += -1 if reader.crashes.blame(dead) else 1
             if unexplained > MAX_RESTARTS:
@@ -225,12 +222,8 @@ def _start(reader: ViewReader, groups: Sequence[range], workers: int) -> tuple[I
         worker_init_fn=_settle,
         generator=torch.Generator(),  # its own: scoring must not draw from the one that training uses
     )
-    gc.collect()  # as in `data.loader`: no decoder's threads may be left to a fork
     reader.crashes.watch(workers)
-    before = set(multiprocessing.active_children())
-    with sigchld_unchanged():
-        items = iter(loader)
-    return items, [child for child in multiprocessing.active_children() if child not in before]
+    return fork(loader)
 
 
 class _Groups(torch.utils.data.Dataset):

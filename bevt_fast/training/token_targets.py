@@ -22,6 +22,7 @@ from tqdm import tqdm
 from bevt_fast import tokenizers
 from bevt_fast.config import Config, Stream, load
 from bevt_fast.data import pipeline_reference, token_cache
+from bevt_fast.data.loader import any_dead, first_line, fork
 from bevt_fast.data.reader import StreamReader
 from bevt_fast.data.sampling import Place
 from bevt_fast.data.sources import Source
@@ -180,15 +181,16 @@ def _read(spans: "_Spans", views: "_Views", how: Making) -> Iterator[Rows]:
         collate_fn=_as_it_is,
         worker_init_fn=_settle if how.workers else None,
     )
+    items, workers = fork(loader)
     try:
-        for rows in loader:
+        for rows in items:
             if isinstance(rows, UserError):
                 raise rows
             yield rows
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker's rows cannot be fetched
+        if not any_dead(workers):
             raise
-        raise DataError(f"a reading process died ({str(error).splitlines()[0]}); `{how.command}` goes on") from None
+        raise DataError(f"a reading process died ({first_line(error)}); `{how.command}` goes on") from None
 
 
 class _Spans:

@@ -1,9 +1,11 @@
 """Decoders that take their process along: the file is found out and replaced, the run goes on, and not for ever."""
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 from contextlib import closing
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,21 @@ def test_the_file_is_replaced_whatever_the_number_of_workers(folder: Path, monke
         ]
         # a header, once and for all; of clips, each of the few that begin with the first frame
         assert restarts == 2 if function == "probe" else restarts >= 2
+
+
+def test_a_worker_that_is_dead_before_the_trainer_looks_is_no_other_case(folder: Path, monkeypatch) -> None:
+    starts = dataloader._MultiProcessingDataLoaderIter.__init__
+
+    def late(self, made):
+        starts(self, made)
+        connection.wait([worker.sentinel for worker in self._workers], timeout=2)
+        multiprocessing.active_children()  # reaps the dead
+
+    crash(monkeypatch, "probe")
+    with monkeypatch.context() as patch:
+        patch.setattr(dataloader._MultiProcessingDataLoaderIter, "__init__", late)
+        _, bad, restarts = batches(folder, workers=1)
+    assert {(record["kind"], Path(record["path"]).name) for record in bad} == {("crash", "2.webm")} and restarts == 2
 
 
 def test_of_files_that_dali_decodes_together_the_one_at_fault_is_found(folder: Path, monkeypatch) -> None:

@@ -32,7 +32,7 @@ def layer(inputs, outputs, n, height, width, dtype=torch.float32):
 def test_it_is_as_exact_as_torch(inputs, outputs, n, height, width):
     x, w, b = layer(inputs, outputs, n, height, width)
     before = x.clone()
-    found = Winograd.of(w, b)(x)
+    found = Winograd.of(w, b)(x, relu=True)
     theirs = functional.conv2d(x, w, b, padding=1).relu()
     truth = functional.conv2d(x.double(), w.double(), b.double(), padding=1).relu()
     assert found.shape == theirs.shape and found.is_contiguous(memory_format=CHANNELS_LAST)
@@ -44,15 +44,17 @@ def test_whole_numbers_come_out_exactly():
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-4, 5, (3, 6, 8, 6), generator=generator).float().contiguous(memory_format=CHANNELS_LAST)
     w, b = torch.randint(-4, 5, (5, 6, 3, 3), generator=generator).float(), torch.arange(5.0)
-    assert torch.equal(Winograd.of(w, b)(x), functional.conv2d(x, w, b, padding=1).relu())
+    expected = functional.conv2d(x, w, b, padding=1)
+    assert torch.equal(Winograd.of(w, b)(x, relu=True), expected.relu())
+    assert torch.equal(Winograd.of(w, b)(x, relu=False), expected)
 
 
 def test_how_many_frames_go_at_a_time_changes_no_result(monkeypatch):
     x, w, b = layer(16, 16, 7, 8, 8)
-    whole = Winograd.of(w, b)(x)
+    whole = Winograd.of(w, b)(x, relu=True)
     for tiles in (1, 32, 10_000):
         monkeypatch.setattr(_winograd, "TILES", tiles)
-        assert torch.allclose(Winograd.of(w, b)(x), whole, rtol=0, atol=1e-5)
+        assert torch.allclose(Winograd.of(w, b)(x, relu=True), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
