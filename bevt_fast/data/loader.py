@@ -293,8 +293,12 @@ def fork(loader: DataLoader) -> tuple[Iterator[Any], list[BaseProcess]]:
     """The items of a loader, and the workers it has forked to read them."""
     # a decoder with threads that is garbage here must not be freed in a worker: it would wait for threads for ever
     gc.collect()
-    with _sigchld_unchanged():
-        items = iter(loader)
+    gc.freeze()  # else a worker's first whole collection writes to every object it inherited: its own copy of each page
+    try:
+        with _sigchld_unchanged():
+            items = iter(loader)
+    finally:
+        gc.unfreeze()
     # its own list, private as it is: multiprocessing.active_children() forgets a worker that is dead already
     return items, list(getattr(items, "_workers", ()))
 
