@@ -123,10 +123,13 @@ class OneDnn:
     def __init__(self, layers: Iterable[Convolution], dtype: torch.dtype, shape: tuple[int, int, int], frames: int):
         self.weights: dict[int, Weights | Winograd] = {}
         for layer in layers:
-            if layer.gain == 1 and _winograd.applies(layer.w, dtype, (frames, shape[1], shape[2])):
-                self.weights[layer.number] = Winograd.of(layer.w.detach(), layer.b.detach())
+            filtering = _winograd.suited(layer.w, dtype, (frames, shape[1], shape[2])) if layer.gain == 1 else None
+            if filtering is not None:
+                self.weights[layer.number] = Winograd.of(layer.w.detach(), layer.b.detach(), filtering)
             else:
                 self.weights[layer.number] = self._packed(layer, dtype, shape)
+        rooms = [laid_out.room(*shape) for laid_out in self.weights.values() if isinstance(laid_out, Winograd)]
+        self.memory = _winograd.take(tuple(map(max, zip(*rooms)))) if rooms else None
 
     @staticmethod
     def _packed(layer: Convolution, dtype: torch.dtype, shape: Sequence[int]) -> Weights:
@@ -142,7 +145,7 @@ class OneDnn:
     def __call__(self, layer: Convolution, x: Tensor, relu: bool = False, onto: Tensor | None = None) -> Tensor:
         laid_out = self.weights[layer.number]
         if isinstance(laid_out, Winograd):
-            return laid_out(x, relu)
+            return laid_out(x, relu, self.memory)
         w, b, padding, _ = laid_out
         how = ([padding] * 2, [1, 1], [1, 1], 1)
         if onto is not None:
