@@ -103,6 +103,47 @@ def test_an_empty_batch_has_gradients_of_zero():
     assert not arguments[1].grad.any()
 
 
+@pytest.fixture
+def _regions_apart(monkeypatch):
+    """Also of windows as small as these; the kinds that were taken."""
+    taken, works = [], window_cpu._kinds
+    monkeypatch.setattr(window_cpu, "FEWEST", 1)
+    monkeypatch.setattr(window_cpu, "_kinds", lambda *a: (taken.append(works(*a)), taken[-1])[1])
+    window_cpu.layer.cache_clear()
+    yield taken
+    window_cpu.layer.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in SMALL if any(case.shift)], ids=str)
+def test_regions_apart_are_as_exact_as_torch(case, dtype, _regions_apart):
+    made = _made(case, dtype)
+    assert_law(made, made.fused)
+    assert _regions_apart and all(kind.foreign is None for kinds in _regions_apart for kind in kinds)
+
+
+def test_regions_are_apart_only_while_no_token_of_another_one_can_count(_regions_apart):
+    """Scores of s and -s and a table of zeros: the other region lacks 100 - 2 s, and 64 are enough."""
+    qkv, table, *rest = answers.arguments_of(MODULE, CASE, torch.float32)
+    with torch.no_grad():
+        for score, apart in ((17.9, True), (18.1, False), (float("nan"), False)):
+            given = torch.ones_like(qkv) * (score / qkv.shape[-1] ** 0.5) ** 0.5
+            window_attention(given, torch.zeros_like(table), *rest)
+            assert all(kind.foreign is None for kind in _regions_apart[-1]) is apart, score
+
+
+def test_every_token_is_in_one_region_of_its_window_and_every_region_is_a_box(_regions_apart):
+    for grid, window, shift in (((8, 14, 21), (4, 7, 7), (2, 3, 3)), ((4, 7, 7), (4, 7, 7), (0, 3, 3))):
+        made = window_cpu.layer(grid, window, shift, shift, "true")
+        assert made.apart is not made.whole
+        for kinds in (made.whole, made.apart):
+            tokens = torch.cat([kind.places.flatten() for kind in kinds])
+            assert torch.equal(tokens.sort().values, torch.arange(made.tokens))
+        for kind in made.apart:
+            volume = torch.empty(made.window)[kind.box].numel()
+            assert kind.places.shape[1] == volume
+
+
 def test_a_token_of_another_region_that_outweighs_100_is_still_seen():
     qkv, table, *rest = answers.arguments_of(MODULE, CASE, torch.float64)
     qkv = 10 * qkv.detach()
