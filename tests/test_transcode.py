@@ -109,11 +109,13 @@ def test_bad_files_are_named_once_and_the_others_are_written(data, tmp_path, cap
 
 
 def test_processes_write_what_one_would(data, tmp_path, program):
+    """As JPEGs: of equal pixels libx264 makes other bytes now and then (5 of 7,570 files of 20 frames, one thread)."""
     (data / "dog" / "bad.mp4").write_bytes(b"")
     trees = []
     for workers in (1, 3):
         out = tmp_path / str(workers)
         arguments = ["transcode", "--data", data, "--out", out, "--workers", workers, "--short-side", 48]
+        arguments += ["--codec", "mjpeg"]
         done = program("bevt_fast/prepare.py", *arguments, check=3)
         assert "3 videos written" in done.stdout and done.stderr.startswith("error: 1 of 4")
         trees.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()})
