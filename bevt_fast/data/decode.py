@@ -58,8 +58,8 @@ def read_frames(path: File, indices: Sequence[int], extent: tuple[int, int] = (0
         raise IndexError(f"{path}: frames {min(indices)} to {max(indices)} asked of {found.frames}")
     places = phases.stored([extent[0] + i for i in indices], found.layout)
     wanted = sorted(set(places))
-    if Path(path).is_dir():
-        files = _image_files(Path(path))
+    if os.path.isdir(path):
+        files = _image_files(path)
         pictures = {i: read_image(files[i]) for i in wanted}
     else:
         pictures = _read_video(path, wanted)
@@ -71,7 +71,7 @@ def read_frames(path: File, indices: Sequence[int], extent: tuple[int, int] = (0
 def each_frame(path: str | Path) -> Iterator[np.ndarray]:
     """Every frame of a video in order, as `read_frames` has them, (H, W, 3) uint8, in one pass. Raises BadFile."""
     found = _whole(path)
-    if found.layout is not None or Path(path).is_dir():
+    if found.layout is not None or os.path.isdir(path):
         for first in range(0, found.frames, READ_TOGETHER):
             yield from read_frames(path, range(first, min(first + READ_TOGETHER, found.frames)))
         return
@@ -105,20 +105,19 @@ def read_image(path: File) -> np.ndarray:
 
 
 def _whole(path: File) -> Probe:
-    if Path(path).is_dir():
-        files = _image_files(Path(path))
+    if os.path.isdir(path):
+        files = _image_files(path)
         return probe_image(files[0])._replace(frames=len(files), codec="images")
     return index(path).probe
 
 
-def _image_files(folder: Path) -> list[Path]:
+def _image_files(folder: File) -> list[str]:
     """The images of a folder in the order of the numbers in their names: 2.jpg before 10.jpg."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
+    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    if not names:
         raise BadFile("no_video", folder, "a folder without images")
-    return sorted(
-        files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
-    )
+    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return [os.path.join(folder, name) for name in names]
 
 
 def index(path: File) -> Index:

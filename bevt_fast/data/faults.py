@@ -5,7 +5,6 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import av
@@ -73,14 +72,21 @@ def twice(read: Callable[[], Read]) -> Read:
         return read()
 
 
-def read_bytes(path: Path | Packed) -> bytes:
+def read_bytes(path: File) -> bytes:
     """The content of a file, read once more after a second where the fault may pass: no hiccup of the storage may
     decide which decoder's pixels a sample has. Raises OSError.
     """
     try:
-        return path.read_bytes()
+        return _content(path)
     except OSError as error:
         if error.errno not in PASSING_ERRORS:
             raise
         time.sleep(1.0)
+        return _content(path)
+
+
+def _content(path: File) -> bytes:
+    if isinstance(path, Packed):
         return path.read_bytes()
+    with open(path, "rb") as file:
+        return file.read()

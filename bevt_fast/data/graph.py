@@ -7,11 +7,11 @@ decided by `reader.py` as everywhere. With DALI's CPU operators the same lines r
 """
 
 import contextlib
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -76,8 +76,8 @@ class GraphReader(StreamReader):
         if not takes(found):
             self._left_to_pyav.add(found.codec)
             return False
-        path = self.source.path(file)
-        size = path.stat().st_size if isinstance(path, Path) else 0  # what is packed with others is small
+        path = self.source.file(file)
+        size = os.stat(path).st_size if isinstance(path, str) else 0  # what is packed with others is small
         return size <= pipeline.LARGEST_FILE
 
 

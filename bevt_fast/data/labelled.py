@@ -98,7 +98,7 @@ class LabelledReader(StreamReader):
 
     def view(self, epoch: int, index: int, file: int) -> View:
         """What is drawn for slot `index` in pass `epoch`, to be read from `file`. Raises BadFile."""
-        self.crashes.begin(Reading(file), self.source.path(file))
+        self.crashes.begin(Reading(file), self.source.file(file))
         found, how = self._probed(file), self.training
         rng = sampling.random_for(self.seed, KEY, epoch, index, "view")
         assert self.source.frames is not None
@@ -107,7 +107,7 @@ class LabelledReader(StreamReader):
         height, width = augment.rescaled(found.height, found.width, how.short_side)
         if height * width > LARGEST_PICTURE:
             shape = f"{found.height} x {found.width} pixels, {height} x {width} rescaled"
-            raise BadFile("unreadable", self.source.path(file), f"too long and narrow: {shape}")
+            raise BadFile("unreadable", self.source.file(file), f"too long and narrow: {shape}")
         box = augment.draw_box(height, width, how.scale, how.ratio, rng)
         strong = None
         if (rand := how.randaugment) is not None:
@@ -123,7 +123,7 @@ class LabelledReader(StreamReader):
 
     def _cut(self, epoch: int, index: int, file: int) -> tuple[np.ndarray, View]:
         view = self.view(epoch, index, file)
-        self.crashes.begin(Reading(file, epoch, index), self.source.path(file))
+        self.crashes.begin(Reading(file, epoch, index), self.source.file(file))
         pictures, how = self._clip(epoch, view.frames, file), self.training
         pixels = augment.cut(pictures, how.short_side, view.box, how.size, view.flip)
         return (pixels if view.strong is None else augment.strengthen(pixels, view.strong)), view

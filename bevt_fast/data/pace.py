@@ -126,6 +126,6 @@ class Stopwatch:
 
 def _queued() -> float:
     """Seconds this process was ready to run and did not; 0 where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/schedstat", "rb") as file:
+        return int(file.read().split()[1]) / 1e9
     return 0.0

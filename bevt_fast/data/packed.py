@@ -5,6 +5,7 @@ A `Packed` stands where a path would: it is opened, read, asked whether it is th
 """
 
 import contextlib
+import functools
 import io
 import os
 from abc import ABC, abstractmethod
@@ -55,7 +56,7 @@ def is_empty(file: File) -> bool:
     """Whether a file is there, and of 0 bytes."""
     if isinstance(file, Packed):
         return file.size == 0
-    return Path(file).is_file() and not Path(file).stat().st_size
+    return os.path.isfile(file) and not os.path.getsize(file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,12 @@ class Part(Packed):
 
     def exists(self) -> bool:
         return self.file.stat().st_size >= self.offset + self.size if self.file.is_file() else False
+
+
+@functools.lru_cache(maxsize=4096)
+def inside(root: Path, name: str) -> Path:
+    """`root` / `name`, for the few files that hold all the others."""
+    return root / name
 
 
 class PackedPaths(Sequence[str], ABC):

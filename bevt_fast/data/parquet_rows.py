@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 
-from bevt_fast.data.packed import Packed, PackedPaths
+from bevt_fast.data.packed import Packed, PackedPaths, inside
 from bevt_fast.errors import MachineError
 
 SUFFIX = ".parquet"
@@ -93,7 +93,7 @@ class Rows(PackedPaths):
 
     def file(self, root: Path, index: int) -> Row:
         (name, _, size), row = self._place(index)
-        return Row(root / name, self._column, row, size)
+        return Row(inside(root, name), self._column, row, size)
 
     def take(self, indices: np.ndarray) -> "Rows":
         return Rows(self._files, self._column, indices if self._picked is None else self._picked[indices])

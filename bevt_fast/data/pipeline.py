@@ -10,7 +10,6 @@ PyAV, whoever reads it: the file alone decides whose pixels a sample has, and da
 import ctypes
 import importlib.util
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from bevt_fast.data.containers import Probe
 from bevt_fast.data.faults import BadFile, read_bytes
-from bevt_fast.data.packed import Packed
+from bevt_fast.data.packed import File
 from bevt_fast.data.pipeline_reference import GREY, clip_pixels, image_pixels
 from bevt_fast.data.sampling import Crop
 from bevt_fast.errors import MachineError
@@ -38,7 +37,7 @@ CPU = torch.device("cpu")
 class Job(NamedTuple):
     """One sample to read: its file, frames (positions in the file, `phases.stored`; None for an image) and crop."""
 
-    path: Path | Packed
+    path: File
     frames: list[int] | None
     crop: Crop
 

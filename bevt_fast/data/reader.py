@@ -168,7 +168,7 @@ class StreamReader(Dataset):
 
     def draw(self, epoch: int, index: int, file: int) -> Draw:
         """The draw of slot `index` in pass `epoch`, to be read from `file`: `index` itself, or its substitute."""
-        self.crashes.begin(Reading(file), self.source.path(file))
+        self.crashes.begin(Reading(file), self.source.file(file))
         found = self._probed(file)
         rng = sampling.random_for(self.seed, self.key, self._view(epoch), index, "view")
         frames, steps = None, None
@@ -178,7 +178,7 @@ class StreamReader(Dataset):
         crop = sampling.draw_crop(found.height, found.width, self.view, rng)
         if crop.height * crop.width > LARGEST_PICTURE:
             shape = f"{found.height} x {found.width} pixels, {crop.height} x {crop.width} rescaled"
-            raise BadFile("unreadable", self.source.path(file), f"too long and narrow: {shape}")
+            raise BadFile("unreadable", self.source.file(file), f"too long and narrow: {shape}")
         grid = (self.view.size // CELL, self.view.size // CELL)
         mask = self.masking(grid, steps, sampling.random_for(self.seed, self.key, epoch, index, "mask"))
         return Draw(epoch, index, frames, crop, mask)
@@ -249,11 +249,11 @@ class StreamReader(Dataset):
         frames = drawn.frames
         if frames is not None:
             frames = phases.stored([first + frame for frame in frames], self._probed(file).layout)
-        return Job(self.source.path(file), frames, drawn.crop)
+        return Job(self.source.file(file), frames, drawn.crop)
 
     def pictures(self, drawn: Draw, file: int) -> np.ndarray:
         """The pictures of a draw, ([T,] H, W, 3) uint8 as they are in `file`, without DALI. Raises BadFile."""
-        path, wanted = self.source.path(file), drawn.frames
+        path, wanted = self.source.file(file), drawn.frames
         self.crashes.begin(self._reading(drawn.epoch, drawn.index, file), path)
         if wanted is None:
             return self._remembering(file, lambda: decode.read_image(path))
@@ -269,7 +269,7 @@ class StreamReader(Dataset):
 
     def _clip(self, epoch: int, wanted: list[int], file: int) -> np.ndarray:
         """The frames `wanted` of a file; damaged ones are as `data.on_damage` says. Raises BadFile."""
-        path, extent = self.source.path(file), self.source.extent(file)
+        path, extent = self.source.file(file), self.source.extent(file)
         try:
             return twice(lambda: decode.read_frames(path, wanted, extent))
         except BadFile as error:
@@ -290,13 +290,13 @@ class StreamReader(Dataset):
 
     def record(self, error: BadFile, epoch: int, file: int, substitute: int) -> dict[str, Any]:
         """One line of quarantine.jsonl. The path is the sample's, also where a file inside it is at fault."""
-        path = str(self.source.path(file))
+        path = str(self.source.file(file))
         reason = error.reason if error.path == path else f"{error.path}: {error.reason}"
         fault = {"stream": self.name, "path": path, "kind": error.kind, "reason": reason}
         return fault | {"epoch": epoch, "index": file, "substitute": substitute}
 
     def _probed(self, file: int) -> Probe:
-        path = self.source.path(file)
+        path = self.source.file(file)
         if self.source.frames is None:
             return self._remembering(file, lambda: decode.probe_image(path))
         return self._remembering(file, lambda: decode.probe(path, self.source.extent(file), self.source.min_frames))

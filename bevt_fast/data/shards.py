@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bevt_fast.data.folders import IMAGES
-from bevt_fast.data.packed import PackedPaths, Part
+from bevt_fast.data.packed import PackedPaths, Part, inside
 from bevt_fast.data.tar_index import Damaged, Entry, entries
 from bevt_fast.data.text_lists import shown
 from bevt_fast.errors import DataError
@@ -42,7 +42,7 @@ class Members(PackedPaths):
     def file(self, root: Path, index: int) -> Part:
         index = self._checked(index)
         offset, size = int(self.arrays["offset"][index]), int(self.arrays["size"][index])
-        return Part(root / self.shards[self.arrays["shard"][index]], self._name(index), offset, size)
+        return Part(inside(root, self.shards[self.arrays["shard"][index]]), self._name(index), offset, size)
 
     def take(self, indices: np.ndarray) -> "Members":
         names = [self._name(index).encode("utf-8", "surrogateescape") for index in indices.tolist()]

@@ -77,19 +77,19 @@ class ViewReader(Dataset):
         label = -1 if self.source.labels is None else int(self.source.labels[index])
         item: dict[str, Any] = {"index": index, "label": label, "bad": None}
         try:
-            self.crashes.begin(Reading(index), self.source.path(index))
+            self.crashes.begin(Reading(index), self.source.file(index))
             return item | {"pixels": torch.from_numpy(self.pixels(index))}
         except BadFile as error:
             side = self.views.size
             nothing = torch.empty((0, self.frames.count, side, side, 3), dtype=torch.uint8)
-            bad = {"path": str(self.source.path(index)), "kind": error.kind, "reason": error.reason}
+            bad = {"path": str(self.source.file(index)), "kind": error.kind, "reason": error.reason}
             return item | {"pixels": nothing, "bad": bad}
         finally:
             self.crashes.note(NOTHING)
 
     def pixels(self, index: int) -> np.ndarray:
         """The views of video `index`, (clips * crops, T, S, S, 3) uint8. Raises BadFile."""
-        path, extent = self.source.path(index), self.source.extent(index)
+        path, extent = self.source.file(index), self.source.extent(index)
         found = twice(lambda: decode.probe(path, extent, self.source.min_frames))
         crops = test_crops(found.height, found.width, self.views)
         if crops[0].height * crops[0].width > LARGEST_PICTURE:

@@ -376,7 +376,7 @@ def test_a_file_known_to_be_bad_is_not_opened_again(folder, tmp_path, monkeypatc
     monkeypatch.setattr(decode, "probe", counting)
     for epoch in range(3):
         stream.read([sampling.Place(epoch, 1)], bad)
-    assert sum(path == data["clips"].path(1) for path in calls) == 1
+    assert sum(path == data["clips"].file(1) for path in calls) == 1
     assert [record["epoch"] for record in bad if record["index"] == 1] == [0, 1, 2]
 
 
@@ -611,3 +611,29 @@ def test_what_a_gpu_is_sent_is_pinned_and_copied_without_waiting(folder, monkeyp
     monkeypatch.setattr(torch.Tensor, "to", to)
     made._batch("clips", item["pixels"], item["mask"], item["token_pixels"])
     assert len(asked) >= 2 and all(asked)
+
+
+@pytest.mark.parametrize("name", ["clips", "images", "folders"])
+def test_reading_puts_nothing_into_the_interpreters_table_of_strings(folder, tmp_path, name):
+    data = sources(folder)
+    if name == "folders":  # of frames, as some data come
+        (tmp_path / "a b").mkdir()
+        for number in range(40):
+            Image.fromarray(media.picture(number)).save(tmp_path / "a b" / f"{number}.jpg")
+        data, name = {"clips": Source(name="x", root=tmp_path, paths=["a b"], frames=FRAMES)}, "clips"
+    stream, interned = StreamReader(config(streams=(name,)), name, data[name]), []
+
+    def called(frame, event, function):
+        if event == "c_call" and function is sys.intern:
+            interned.append(frame)
+
+    stream[0]  # what is imported and looked up once
+    sys.setprofile(called)
+    try:
+        for item in range(1, 4):
+            stream[item]
+        in_reading = len(interned)
+        assert Path("a/b").name  # as one that is seen
+    finally:
+        sys.setprofile(None)
+    assert interned and not in_reading

@@ -55,6 +55,13 @@ def test_a_folder_of_classes(tmp_path):
     assert found.path(1) == tmp_path / "run/a.MP4" and found.extent(1) == (0, -1) and len(found) == 3
 
 
+@pytest.mark.parametrize("root", ["/data", ".", "here/../there", "/data//x/"])
+@pytest.mark.parametrize("name", ["a.mp4", "./a b.mp4", "x//y/./a.mp4", "../a.mp4", "x/../a.mp4", "/other/a.mp4", "d/"])
+def test_a_file_is_written_as_its_path_is(root, name):
+    source = Source(name="x", root=Path(root), paths=[name])
+    assert source.path(0) == Path(root) / name and source.file(0) == str(Path(root) / name)
+
+
 def test_a_flat_folder_has_no_classes(tmp_path):
     tree(tmp_path, "b.jpg", "a.JPEG", "c.mp4", "d/e.png")
     found = built("file_list", root=tmp_path, kind="images")

@@ -70,15 +70,15 @@ def test_d15_with_dali_a_fault_is_no_crash_either(folder: Path, monkeypatch) -> 
     source = making.clips(folder, *(f"{k}.avi" for k in range(FILES)))
     expected, _ = making.read(making.given(decoder="dali"), source, 4)
     monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
-    read, failed = Path.read_bytes, []
+    failed = []
 
-    def failing_once(path):
-        if path.name == "2.avi" and not failed:
+    def failing_once(path, mode):
+        if Path(path).name == "2.avi" and not failed:
             failed.append(path)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return read(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return open(path, mode)
 
-    monkeypatch.setattr(Path, "read_bytes", failing_once)
+    monkeypatch.setattr(faults, "open", failing_once, raising=False)
     found, records = making.read(making.given(decoder="dali"), source, 4)
     assert failed and not records
     np.testing.assert_array_equal(found, expected)

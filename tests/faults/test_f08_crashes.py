@@ -109,7 +109,7 @@ def test_of_files_that_dali_decodes_together_the_one_at_fault_is_found(folder: P
     works, trainer = DaliViews.__call__, os.getpid()
 
     def crashing(self, jobs):
-        if os.getpid() != trainer and any(job.path.name == "2.webm" and job.frames[0] < 9 for job in jobs):
+        if os.getpid() != trainer and any(Path(job.path).name == "2.webm" and job.frames[0] < 9 for job in jobs):
             faulthandler.disable()
             os.kill(os.getpid(), signal.SIGABRT)
         return works(self, jobs)

@@ -75,9 +75,17 @@ class Source:
 
     def path(self, index: int) -> Path | Packed:
         """The file of sample `index`."""
+        found = self.file(index)
+        return Path(found) if isinstance(found, str) else found
+
+    def file(self, index: int) -> str | Packed:
+        """The same for whoever reads many: no Path, since each puts its names into the interpreter's table of interned
+        strings, which grows by megabytes at a time and shrinks with none of them.
+        """
         if isinstance(self.paths, PackedPaths):
             return self.paths.file(self.root, index)
-        return self.root / self.paths[index]
+        name = os.path.join(self.root, self.paths[index])
+        return str(Path(name)) if ".." in name else os.path.normpath(name)  # both write it as a Path is written
 
     def take(self, indices: Sequence[int]) -> "Source":
         """The samples `indices` as a source of their own."""
