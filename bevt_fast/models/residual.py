@@ -102,7 +102,7 @@ class _Recomputed(torch.autograd.Function):
         if wanted[1]:
             # autocast multiplied in the dtype that the gradient has
             y = ctx.make(*sources).flatten(0, -2).to(grad.dtype)
-            dweight = (y.T @ rows).T.to(ctx.dtypes[1])
+            dweight = (rows.T @ y).to(ctx.dtypes[1])
             del y
         if wanted[2]:
             dbias = rows.sum(0).to(ctx.dtypes[2])
