@@ -155,8 +155,8 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a CPU makes hidden layers again, a chunk at a time; what is predicted is a GPU's work and memory."""
-    monkeypatch.setattr(mlp, "_goes_in_chunks", lambda *_: False)
+    """Only a CPU has an MLP of its own; what is predicted is a GPU's work and memory."""
+    monkeypatch.setattr(mlp, "_is_for_cpu", lambda *_: False)
 
 
 @pytest.mark.parametrize("tokenizer", ["dalle", "patch_kmeans"])
