@@ -102,7 +102,7 @@ class Linears(TorchFunctionMode):
         self.marks = marks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and self.marks.open and self.marks.open[-1] in (ENCODER, ATTENTION):
+        if func in (F.linear, torch.addmm) and self.marks.open and self.marks.open[-1] in (ENCODER, ATTENTION):
             with self.marks.part(GEMM):
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -1,0 +1,34 @@
+"""Memory that a process has freed and the C library keeps: on a CPU a tokenizer could find no place in its gaps."""
+
+import ctypes
+import functools
+from typing import Any
+
+WORTH_IT = 2**28  # bytes; to give back less than 256 MiB takes a small step longer than it is worth
+
+
+class _Info(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def give_back() -> None:
+    """To the system, where it is much. Does nothing with another C library than glibc 2.33 and later."""
+    library = _library()
+    if library is not None and library.mallinfo2().fordblks >= WORTH_IT:
+        library.malloc_trim(0)
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _Info
+        library.malloc_trim.argtypes = [ctypes.c_size_t]
+    except (AttributeError, OSError, TypeError):
+        return None
+    return library
