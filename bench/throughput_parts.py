@@ -28,6 +28,7 @@ LOSS, BACKWARD, OPTIMIZER, REST = "decoder + loss", "backward", "optimizer", "th
 PARTS = (TOKENIZER, GEMM, ATTENTION, ENCODER, LOSS, BACKWARD, OPTIMIZER, REST)
 SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices that tell what a product can reach here
 TRIES = 5
+PRODUCTS: tuple[Any, ...] = (F.linear, torch.mm, torch.addmm, getattr(torch.ops.mkldnn, "_linear_pointwise", None))
 TOP = 25  # kernels in the profile's table
 
 
@@ -102,7 +103,7 @@ class Linears(TorchFunctionMode):
         self.marks = marks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.linear, torch.addmm) and self.marks.open and self.marks.open[-1] in (ENCODER, ATTENTION):
+        if func in PRODUCTS and self.marks.open and self.marks.open[-1] in (ENCODER, ATTENTION):
             with self.marks.part(GEMM):
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

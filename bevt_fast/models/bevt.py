@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bevt_fast.data.batch import send
 from bevt_fast.errors import ConfigError
+from bevt_fast.models.residual import Linear, linear
 from bevt_fast.models.video_swin import (
     BiasIndex,
     ImageAttention,
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
     def __init__(self, width: int, upsample: nn.Module, double_time: nn.Module | None = None) -> None:
         super().__init__()
         self.upsample = upsample
-        self.fuse = nn.Linear(width + width // 2, width)
+        self.fuse = Linear(width + width // 2, width)
         self.double_time = double_time
 
     def forward(self, stage3: Tensor, stage4: Tensor, rows: HiddenRows | None = None) -> Tensor:
@@ -196,7 +197,7 @@ def _upsample(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | Non
     """
     _, width, p, q, r = weight.shape
     # the kernel's axes go before the channels, so that a block's outputs are whole vectors
-    blocks = x @ weight.permute(0, 2, 3, 4, 1).flatten(1)
+    blocks = linear(x, weight.permute(0, 2, 3, 4, 1).flatten(1).T)
     if rows is not None:
         out = blocks.view(-1, width).index_select(0, rows)
     else:

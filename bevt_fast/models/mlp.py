@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bevt_fast.models.residual import Linear, activated, normalised
+from bevt_kernels.products_cpu import linear, product, weight_gradient
 
 NARROW = 128  # channels
 ROWS = 1568  # tokens at a time: a hidden layer of 2.3 MiB at 96 channels
@@ -57,9 +58,9 @@ class _OnCpu(torch.autograd.Function):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows, places = x.flatten(0, -2), out.flatten(0, -2)
         for part in _parts(rows):
-            h = torch.addmm(b1, rows[part], w1.T)
+            h = linear(rows[part], w1, b1)
             a = F.gelu(h)
-            torch.addmm(b2, a, w2.T, out=places[part])
+            linear(a, w2, b2, out=places[part])
             if x.shape[-1] > NARROW:
                 kept += [h, a] if a.numel() < 2 * (w1.numel() + w2.numel()) else [h]
             del h, a
@@ -76,25 +77,20 @@ class _OnCpu(torch.autograd.Function):
         dw1 = db1 = dw2 = None
         for part in _parts(grads):
             g, x = grads[part], normalised(sources[part], affine)
-            h = kept[0] if kept else torch.addmm(b1, x, w1.T)
+            h = kept[0] if kept else linear(x, w1, b1)
             if of_w2:
-                dw2 = _added(dw2, g.T, kept[1] if len(kept) > 1 else F.gelu(h))
-            dh = g @ w2
+                dw2 = weight_gradient(g, kept[1] if len(kept) > 1 else F.gelu(h), dw2)
+            dh = product(g, w2)
             torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
             if of_w1:
-                dw1 = _added(dw1, dh.T, x)
+                dw1 = weight_gradient(dh, x, dw1)
             if of_b1:
                 db1 = dh.sum(0) if db1 is None else db1.add_(dh.sum(0))
             if dx is not None:
-                torch.mm(dh, w1, out=dx.flatten(0, -2)[part])
+                product(dh, w1, out=dx.flatten(0, -2)[part])
         return dx, dw1, db1, dw2, grads.sum(0) if of_b2 else None, None, None
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:
     step = ROWS if rows.shape[1] <= NARROW else len(rows)
     return (slice(start, start + step) for start in range(0, len(rows), step))
-
-
-def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, in its place."""
-    return a @ b if total is None else total.addmm_(a, b)

@@ -102,7 +102,7 @@ class WindowAttention(nn.Module):
         self.bias_index: BiasIndex = bias_index
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         self.qkv = Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
+        self.projection = Linear(width, width)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
 
     def forward(

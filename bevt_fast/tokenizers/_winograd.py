@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bevt_kernels.products_cpu import batch_product
+
 TILES = 196  # at a time; all products of them are held
 LEAST = 1024  # pixels in all frames: with fewer, laying out the weights takes longer than is won
 NEAR, FAR = math.sqrt(0.5), math.sqrt(2)  # points of m = 4
@@ -86,7 +88,7 @@ class Winograd(NamedTuple):
         sums = _view(here, values, values, n, high, wide, inputs)  # (column, row, ...)
         spread([rows[:, :, :, k : k + width : size] for k in range(values)], sums)
         products = _view(there, values, values, n, high, wide, outputs)
-        torch.bmm(sums.view(values**2, -1, inputs), self.v.mT, out=products.view(values**2, -1, outputs))
+        batch_product(sums.view(values**2, -1, inputs), self.v.mT, products.view(values**2, -1, outputs))
         half = _view(here, size, values, n, high, wide, outputs)
         collect(products, half)
         whole = _view(there, size, size, n, high, wide, outputs)  # (row, column, ...)

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import runtime
+from . import products_cpu, runtime
 from ._hidden_rows import Product, hidden_rows, linear_tile, refusal, row_of, tile_of
 from .runtime import cdiv, launch, power_of_2, tl, triton
 
 NAME = "codebook_argmax"
 RETURNS_IDS = True
+IDS_ON_A_CPU = 1024  # scored at a time: of 8192 ids the scores take as much memory as a frame of the tokenizer
 
 
 # 1. The specification.
@@ -196,6 +197,8 @@ def codebook_argmax(features: Tensor, weight: Tensor, bias: Tensor | None = None
     """
     _check(features, weight, bias, mask)
     if not runtime.fused(NAME, features.device, refusal(features)):
+        if runtime.cpu_way(features.device) and not runtime.simulated() and products_cpu.quicker():
+            return _on_cpu(features, weight, bias, mask)
         return reference(features, weight, bias, mask)
     tensors = features.detach().reshape(-1, features.shape[-1]), weight.detach()
     device = features.device.type
@@ -204,6 +207,20 @@ def codebook_argmax(features: Tensor, weight: Tensor, bias: Tensor | None = None
     x, w = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
     b = None if bias is None else bias.detach().to(w.dtype)
     return _op(x, w, b, None if mask is None else mask.reshape(-1)).reshape(features.shape[:-1])
+
+
+def _on_cpu(features: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    rows = features.reshape(-1, features.shape[-1]) if mask is None else features[mask]
+    best, chosen = rows.new_full((len(rows), 1), -torch.inf), torch.zeros(len(rows), 1, dtype=torch.long, device="cpu")
+    for first in range(0, len(weight), IDS_ON_A_CPU):
+        some = slice(first, first + IDS_ON_A_CPU)
+        scores = products_cpu.linear(rows, weight[some], None if bias is None else bias[some])
+        ids = scores.argmax(dim=-1, keepdim=True)
+        top = scores.gather(1, ids)
+        chosen, best = torch.where(top > best, ids + first, chosen), torch.maximum(top, best)
+    if mask is None:
+        return chosen.view(features.shape[:-1])
+    return torch.zeros_like(mask, dtype=torch.long).masked_scatter_(mask, chosen)
 
 
 def _check(features: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .products_cpu import linear, product, weight_gradient
+
 ROWS = 512  # scored at a time: 16 MiB of logits of 8192 ids
 
 
@@ -21,13 +23,13 @@ class ScoredRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         wanted = ctx.needs_input_grad[:3]
         dx = torch.empty_like(rows) if wanted[0] else None
-        dw = torch.zeros_like(weight) if wanted[1] else None
+        dw = torch.zeros_like(weight) if wanted[1] and not len(ids) else None
         db = torch.zeros_like(bias) if wanted[2] and bias is not None else None
         losses, right, count = [], 0, max(len(ids), 1)
         for first in range(0, len(ids), ROWS):
             some = slice(first, first + ROWS)
             x, chosen = rows[some], ids[some, None]
-            logits = torch.nn.functional.linear(x, weight, bias)
+            logits = linear(x, weight, bias)
             right += int((logits.argmax(dim=-1) == ids[some]).sum())
             sums = logits.logsumexp(dim=-1, keepdim=True)
             losses.append((sums - logits.gather(1, chosen)).sum())
@@ -37,9 +39,9 @@ class ScoredRows(torch.autograd.Function):
             logits.scatter_add_(1, chosen, logits.new_full((), -1.0).expand(chosen.shape))
             logits /= count
             if dx is not None:
-                torch.mm(logits, weight, out=dx[some])
-            if dw is not None:
-                dw.addmm_(logits.T, x)
+                product(logits, weight, out=dx[some])
+            if wanted[1]:
+                dw = weight_gradient(logits, x, dw)
             if db is not None:
                 db += logits.sum(dim=0)
         ctx.save_for_backward(*(x for x in (dx, dw, db) if x is not None))

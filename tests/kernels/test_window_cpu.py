@@ -13,6 +13,7 @@ from tests.kernels.answers import DTYPES, LAYOUTS, answer, assert_law, changed
 
 MODULE = import_module("bevt_kernels.window_attention")
 SMALL = answers.small_cases(MODULE)
+DRAWS = 8
 CASE = next(case for case in SMALL if any(case.shift))  # several kinds of windows
 
 
@@ -32,14 +33,25 @@ def _counted(function, calls):
     return call
 
 
-def _made(case, dtype):
+def _made(case, dtype, seed=0):
     """The answers to a case, with "auto" in place of the kernels."""
-    arguments = answers.arguments_of(MODULE, case, dtype)
+    arguments = answers.arguments_of(MODULE, case, dtype, seed=seed)
     upstream = answers.upstream_for(answers.outputs_of(MODULE.reference(*arguments)))
     eager = answer(MODULE.reference, arguments, upstream)
     truth = answer(MODULE.reference, answers.doubled(arguments), upstream)
     ours = answer(window_attention, arguments, upstream)
     return answers.Answers("window_cpu", MODULE, case, dtype, arguments, upstream, ours, eager, truth, [])
+
+
+def _assert_law(case, dtype):
+    """Over several draws: the largest error of a table of 45 numbers is luck, and torch's own as much."""
+    made = [_made(case, dtype, seed) for seed in range(DRAWS)]
+    together = [
+        answers.Answer({name: torch.stack([one.named()[name] for one in same]) for name in same[0].named()}, {})
+        for same in zip(*((each.fused, each.eager, each.truth) for each in made))
+    ]
+    assert_law(made[0]._replace(eager=together[1], truth=together[2]), together[0])
+    return made[0]
 
 
 def _same(one, other):
@@ -51,9 +63,8 @@ def _same(one, other):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_is_as_exact_as_torch_and_two_runs_give_equal_bits(case, dtype, _no_reference):
-    made = _made(case, dtype)
+    made = _assert_law(case, dtype)
     assert _no_reference, "the reference answered"
-    assert_law(made, made.fused)
     _same(made.fused, answer(window_attention, made.arguments, made.upstream))
 
 
@@ -61,8 +72,7 @@ def test_is_as_exact_as_torch_and_two_runs_give_equal_bits(case, dtype, _no_refe
 def test_the_size_of_a_chunk_changes_no_answer(scores):
     with mock.patch.object(window_cpu, "CHUNK", scores):
         for case in SMALL[:3] + [CASE]:
-            made = _made(case, torch.float32)
-            assert_law(made, made.fused)
+            _assert_law(case, torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -117,8 +127,7 @@ def _regions_apart(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in SMALL if any(case.shift)], ids=str)
 def test_regions_apart_are_as_exact_as_torch(case, dtype, _regions_apart):
-    made = _made(case, dtype)
-    assert_law(made, made.fused)
+    _assert_law(case, dtype)
     assert _regions_apart and all(kind.foreign is None for kinds in _regions_apart for kind in kinds)
 
 
