@@ -17,7 +17,8 @@ from . import runtime
 from .runtime import cdiv
 
 ROWS = 392  # at a time: for every number of rows oneDNN would make and keep a program of its own, of 0.7 MiB
-TERMS = 320  # summed one after the other: MKL sums in pieces too, and one long sum errs up to 4 times as much
+TERMS = 256  # summed one after the other: MKL sums in pieces too, and one long sum errs up to 4 times as much
+TOKENS = 196  # the same in sums over tokens, for which there are no programs for what is left over either
 WORTH_IT = 1 << 20  # multiplications: with fewer, calling oneDNN takes longer than is won
 EACH = 1 << 23  # multiplications of one of many products, which MKL shares out whole
 EACH_ROWS = 196
@@ -87,10 +88,10 @@ def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, rows
 
 def _summed(a: Tensor, b: Tensor) -> Tensor:
     """a.T @ b, so many rows at a time."""
-    whole = len(a) // ROWS * ROWS
+    whole = len(a) // TOKENS * TOKENS
     made = None if whole == len(a) else a[whole:].T @ b[whole:]
-    for first in range(0, whole, ROWS):
-        rows = slice(first, first + ROWS)
+    for first in range(0, whole, TOKENS):
+        rows = slice(first, first + TOKENS)
         made = _added(a[rows].T, _dense(b[rows].T), made, None)
     return a.new_zeros(a.shape[1], b.shape[1]) if made is None else made
 
