@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets
 from bevt_fast.errors import ConfigError
 from bevt_fast.models.bevt import Bevt, HiddenRows, hidden_rows
+from bevt_fast.objectives.heap import give_back
 from bevt_fast.objectives.in_turn import Settled
 from bevt_kernels import masked_cross_entropy
 
@@ -41,6 +42,7 @@ class JointObjective(nn.Module):
             image, image_accuracy = self._loss(image_features, targets.images, image_rows, targets, image_count)
             settled = Settled(image, list(self.parameters()))
             del image, image_features  # and with them what the backward pass had needed
+            give_back(clips.pixels.device)
             clip_features = _features(model.clip_features, "clips", clips, targets.clips, clip_rows)
             image = settled.loss()
         else:

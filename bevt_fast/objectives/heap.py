@@ -1,8 +1,10 @@
-"""Memory that a process has freed and the C library keeps: on a CPU a tokenizer could find no place in its gaps."""
+"""Memory that a process has freed and the C library keeps: the next stream's tensors could find no place in its gaps."""
 
 import ctypes
 import functools
 from typing import Any
+
+import torch
 
 WORTH_IT = 2**28  # bytes; to give back less than 256 MiB takes a small step longer than it is worth
 
@@ -16,9 +18,11 @@ class _Info(ctypes.Structure):
     ]
 
 
-def give_back() -> None:
-    """To the system, where it is much. Does nothing with another C library than glibc 2.33 and later."""
-    library = _library()
+def give_back(device: torch.device) -> None:
+    """To the system, where it is much and this device's memory. Does nothing with another C library than glibc 2.33 and
+    later.
+    """
+    library = _library() if device.type == "cpu" else None
     if library is not None and library.mallinfo2().fordblks >= WORTH_IT:
         library.malloc_trim(0)
 
