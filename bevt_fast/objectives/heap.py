@@ -1,4 +1,4 @@
-"""Memory that a process has freed and the C library keeps: the next stream's tensors could find no place in its gaps."""
+"""Memory that a process has freed and the C library keeps: what comes next could find no place in its gaps."""
 
 import ctypes
 import functools

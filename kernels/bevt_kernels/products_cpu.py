@@ -22,7 +22,7 @@ TOKENS = 196  # the same in sums over tokens, for which there are no programs fo
 WORTH_IT = 1 << 20  # multiplications: with fewer, calling oneDNN takes longer than is won
 EACH = 1 << 23  # multiplications of one of many products, which MKL shares out whole
 EACH_ROWS = 196
-FEWEST = 1 << 15  # numbers of a weight whose gradient, a sum over many tokens, is worth it
+FEWEST = 1 << 17  # numbers of a weight whose gradient, a sum over many tokens, is worth it
 MOST = 1 << 22  # with more, the sums of pieces take memory, and the time that is won
 TRANSPOSED = 1 << 18  # numbers of a weight that are soon brought into another order
 
