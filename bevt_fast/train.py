@@ -44,11 +44,9 @@ if TYPE_CHECKING:
 def hidden_targets(tokenizer: "Tokenizer", batch: JointBatch) -> Targets:
     """The ids of the hidden cells of both streams; 0 where the batch hides nothing, and nobody asks."""
     images, clips = batch
-    for stream in batch:
-        if stream:
-            give_back(
-                stream.pixels.device
-            )  # what the step before has left, in pieces too small for a tokenizer's frames
+    for stream in filter(None, batch):
+        # what the step before has left, in pieces too small for a tokenizer's frames
+        give_back(stream.pixels.device)
     return Targets(
         stream_targets(tokenizer, images) if images else None,
         stream_targets(tokenizer, clips) if clips else None,
