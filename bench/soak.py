@@ -6,8 +6,8 @@ Memory is resident memory in MiB, of the trainer and of its loader workers toget
 It goes up and down by tens of MiB with what the allocator has freed and not given back, so what counts is its floor,
 below which a fifth of the readings are: the slope is that of a line through the floors of eight equal parts of the run
 after the warm-up, in MiB a 1,000 steps. The exit code is 1 if the floor of trainer and workers together rises by more
-than the limit, or that of open files, threads or processes is higher in the last part than in the first; else it is
-that of the run.
+than the limit, or the median number of open files, threads or processes is higher in the last part than in the first;
+else it is that of the run.
 """
 
 import argparse
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READINGS = 200  # of a run, at equal distances
 SHOWN_EVERY = 1000  # steps
 PARTS = 8  # of the run after the warm-up
+FLOOR, MEDIAN = 0.2, 0.5  # shares of the readings below them
 
 
 class Reading(NamedTuple):
@@ -115,21 +116,21 @@ class Steps:
 
 def slope(readings: Sequence[Reading], warm_up: int, *parts: str) -> float:
     """Growth of the floor of the sum of `parts` after `warm_up` steps, in MiB a 1,000 steps."""
-    floors = floor(readings, warm_up, *parts)
+    floors = levels(readings, warm_up, FLOOR, *parts)
     if len(floors) < 2:
         return 0.0
     steps, sums = zip(*floors)
     return 1000 * float(np.polyfit(steps, sums, 1)[0])
 
 
-def floor(readings: Sequence[Reading], warm_up: int, *parts: str) -> list[tuple[int, float]]:
-    """The sum of `parts` that a fifth of the readings lie below, and its step, in each of eight equal parts of the
+def levels(readings: Sequence[Reading], warm_up: int, share: float, *parts: str) -> list[tuple[int, float]]:
+    """The sum of `parts` that a share of the readings lie below, and its step, in each of eight equal pieces of the
     readings after `warm_up` steps.
     """
     settled = [reading for reading in readings if reading.step >= warm_up]
     pairs = [(reading.step, sum(getattr(reading, part) for part in parts)) for reading in settled]
-    shares = [pairs[len(pairs) * k // PARTS : len(pairs) * (k + 1) // PARTS] for k in range(PARTS)]
-    return [sorted(share, key=lambda pair: pair[1])[len(share) // 5] for share in shares if share]
+    pieces = [pairs[len(pairs) * k // PARTS : len(pairs) * (k + 1) // PARTS] for k in range(PARTS)]
+    return [sorted(piece, key=lambda pair: pair[1])[int(share * len(piece))] for piece in pieces if piece]
 
 
 def judge(readings: Sequence[Reading], warm_up: int, limit: float) -> list[str]:
@@ -141,7 +142,7 @@ def judge(readings: Sequence[Reading], warm_up: int, limit: float) -> list[str]:
     if (growth := slope(readings, warm_up, "trainer", "workers")) > limit:
         faults.append(f"memory grows by {growth:.2f} MiB a 1,000 steps, more than {limit:g}")
     for part in ("files", "threads", "processes"):
-        (_, first), *_, (_, last) = floor(readings, warm_up, part)
+        (_, first), *_, (_, last) = levels(readings, warm_up, MEDIAN, part)
         if last > first:
             faults.append(f"{part} rise from {first} to {last}")
     return faults

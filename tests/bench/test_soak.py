@@ -40,6 +40,18 @@ def test_what_is_more_at_the_end_is_named(part: str) -> None:
     assert fault.startswith(part) and fault.endswith("to 99")
 
 
+@pytest.mark.parametrize("leaked", [0, 1])
+def test_files_that_are_open_for_a_moment_are_no_leak(leaked: int) -> None:
+    """A reading in four falls between two files at first, in eight at the end: a lower quantile would have risen."""
+    found = []
+    for reading in readings():
+        early = reading.step < 1200
+        opened = 127 if reading.step // 10 % (4 if early else 8) == 0 else 132
+        found.append(reading._replace(files=opened + leaked * (not early)))
+    faults = soak.judge(found, 500, 1.0)
+    assert faults == ([f"files rise from 132 to {132 + leaked}"] if leaked else [])
+
+
 def test_too_few_readings_are_no_verdict() -> None:
     assert "too few" in soak.judge(readings()[:7], 0, 1.0)[0]
     with pytest.raises(SystemExit) as caught:
