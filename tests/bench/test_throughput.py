@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import throughput, throughput_memory, throughput_plot
+from bench import throughput, throughput_memory, throughput_parts, throughput_plot
 from bench import throughput_contenders as field_of
 from bench.official_step import OfficialModel
 from bench.official_tokenizer import HiddenCells, OfficialTokenizer
@@ -110,6 +110,35 @@ def test_every_tokenizer_names_the_hidden_cells_alike():
         assert torch.equal(found.images[given.images.mask], ours.images[given.images.mask])
         assert torch.equal(found.clips[clip_mask], ours.clips[clip_mask])
     assert torch.equal(found.clips, ours.clips) and torch.equal(found.images, ours.images)  # 0 where nothing is hidden
+
+
+class BareEngine:
+    def __init__(self, objective: Any) -> None:
+        self.objective = objective
+
+    def __call__(self, *given: Any) -> Any:
+        return self.objective(*given)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None: ...
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_what_is_differentiated_is_the_backward_pass(in_turn):
+    objective, _ = pair()
+    objective.in_turn = in_turn
+    given, tokenizer, seen = batch(), Dalle(8, 64), []
+    owner = field_of.Joint(BareEngine(objective), tokenizer, objective)
+    contender: Any = field_of.Contender(OURS, None, None, None, owner=owner)  # pyright: ignore[reportArgumentType]
+    marks = throughput_parts.Marks(torch.device("cpu"))
+    objective.model.head.weight.register_hook(lambda gradient: seen.append(marks.open[-1]))
+    with throughput_parts.marked(contender, marks):
+        losses = owner.engine(given, hidden_targets(owner.tokenizer, given))
+        owner.engine.backward(losses.total)
+    assert seen == [throughput_parts.BACKWARD] * (2 if in_turn else 1)
+    assert set(throughput_parts.PARTS) - {p for p, ms in marks.sums().items() if ms} == {throughput_parts.OPTIMIZER}
 
 
 def test_a_rehearsal_writes_the_files_and_a_contender_that_cannot_run_is_a_row(tmp_path, capsys, monkeypatch):
