@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bevt_kernels.products_cpu import batch_product
+from bevt_kernels import products_cpu
 
 TILES = 196  # at a time; all products of them are held
 LEAST = 1024  # pixels in all frames: with fewer, laying out the weights takes longer than is won
@@ -88,7 +88,7 @@ class Winograd(NamedTuple):
         sums = _view(here, values, values, n, high, wide, inputs)  # (column, row, ...)
         spread([rows[:, :, :, k : k + width : size] for k in range(values)], sums)
         products = _view(there, values, values, n, high, wide, outputs)
-        batch_product(sums.view(values**2, -1, inputs), self.v.mT, products.view(values**2, -1, outputs))
+        torch.bmm(sums.view(values**2, -1, inputs), self.v.mT, out=products.view(values**2, -1, outputs))
         half = _view(here, size, values, n, high, wide, outputs)
         collect(products, half)
         whole = _view(there, size, size, n, high, wide, outputs)  # (row, column, ...)
@@ -117,10 +117,13 @@ def _pages(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def suited(w: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Filtering | None:
-    """What a layer with weights w (K, C, side, side) on frames (n, H, W) is fastest by; None: a direct convolution."""
+    """What a layer with weights w (K, C, side, side) on frames (n, H, W) is fastest by; None: a direct convolution.
+
+    That it is everywhere on a machine whose BLAS, which would multiply here, uses half of the processor.
+    """
     outputs, inputs, side = w.shape[:3]
     n, height, width = shape
-    if dtype != torch.float32 or side != 3 or n * height * width < LEAST:
+    if dtype != torch.float32 or side != 3 or n * height * width < LEAST or products_cpu.quicker():
         return None
     for filtering in (BY_4, BY_2):
         if height % filtering.size == width % filtering.size == 0:

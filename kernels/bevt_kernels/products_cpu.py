@@ -16,12 +16,10 @@ from torch import Tensor
 from . import runtime
 from .runtime import cdiv
 
-ROWS = 392  # at a time: for every number of rows oneDNN would make and keep a program of its own, of 0.7 MiB
+BLOCKS = (1568, 392)  # rows at a time: for every number of rows oneDNN makes and keeps a program of its own, of 0.7 MiB
 TERMS = 256  # summed one after the other: MKL sums in pieces too, and one long sum errs up to 4 times as much
 TOKENS = 196  # the same in sums over tokens, for which there are no programs for what is left over either
 WORTH_IT = 1 << 20  # multiplications: with fewer, calling oneDNN takes longer than is won
-EACH = 1 << 23  # multiplications of one of many products, which MKL shares out whole
-EACH_ROWS = 196
 FEWEST = 1 << 17  # numbers of a weight whose gradient, a sum over many tokens, is worth it
 MOST = 1 << 22  # with more, the sums of pieces take memory, and the time that is won
 TRANSPOSED = 1 << 18  # numbers of a weight that are soon brought into another order
@@ -32,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     is given.
     """
     if serves(x, weight, bias):
-        return _in_blocks(x, weight, bias, x.new_empty(len(x), len(weight)) if out is None else out, ROWS)
+        return _in_blocks(x, weight, bias, out)
     if out is None:
         return F.linear(x, weight, bias)
     return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
@@ -57,32 +55,31 @@ def weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None = None) -> Ten
     return made if total is None else total.add_(made)
 
 
-def batch_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a @ b of many: (n, M, K), (n, K, N) -> out (n, M, N)."""
-    if a.shape[1] * b[:1].numel() < EACH or a.shape[1] % EACH_ROWS or not serves(a.flatten(0, 1), b[0].T):
-        torch.bmm(a, b, out=out)
-        return
-    for one, other, place in zip(a, b, out):
-        _in_blocks(one, other.T, None, place, EACH_ROWS)
-
-
-def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, rows: int) -> Tensor:
+def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """`linear`, so many rows at a time; what is left over is MKL's."""
     terms = weight.shape[1]
     step = 16 * cdiv(cdiv(terms, cdiv(terms, TERMS)), 16)
     pieces = [slice(first, first + step) for first in range(0, terms, step)]
     weights = [_dense(weight[:, piece]) for piece in pieces]
-    whole = len(x) // rows * rows
-    for first in range(0, whole, rows):
-        block = x[first : first + rows]
-        made = _added(block[:, pieces[0]], weights[0], None, bias)
+
+    def block(rows: Tensor) -> Tensor:
+        made = _added(rows[:, pieces[0]], weights[0], None, bias)
         for piece, w in zip(pieces[1:], weights[1:]):
-            made = _added(block[:, piece], w, made, None)
-        out[first : first + rows] = made
-    if whole == len(x):
-        return out
-    rest, place = x[whole:], out[whole:]
-    torch.mm(rest, weight.T, out=place) if bias is None else torch.addmm(bias, rest, weight.T, out=place)
+            made = _added(rows[:, piece], w, made, None)
+        return made
+
+    if out is None:
+        if len(x) in BLOCKS:
+            return block(x)
+        out = x.new_empty(len(x), len(weight))
+    first = 0
+    for rows in BLOCKS:
+        while len(x) - first >= rows:
+            out[first : first + rows] = block(x[first : first + rows])
+            first += rows
+    if first < len(x):
+        rest, place = x[first:], out[first:]
+        torch.mm(rest, weight.T, out=place) if bias is None else torch.addmm(bias, rest, weight.T, out=place)
     return out
 
 
@@ -115,7 +112,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     operands = (x, weight) if bias is None else (x, weight, bias)
     if any(t.dtype != torch.float32 or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in operands):
         return False
-    return runtime.cpu_way(x.device) and len(x) >= ROWS and x.numel() * len(weight) >= WORTH_IT
+    return runtime.cpu_way(x.device) and len(x) >= BLOCKS[-1] and x.numel() * len(weight) >= WORTH_IT
 
 
 def quicker() -> bool:

@@ -12,19 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bevt_fast.models import residual
 from bevt_fast.models.mlp import MLP
-from bevt_fast.tokenizers._winograd import BY_2, Winograd
 from bevt_kernels import codebook_argmax, implementation, masked_cross_entropy, products_cpu
 from bevt_kernels.exactness import assert_as_exact_as_torch
-from bevt_kernels.products_cpu import batch_product, linear, product, serves, weight_gradient
+from bevt_kernels.products_cpu import linear, product, serves, weight_gradient
 
 Function = Callable[..., Tensor]
+BLOCKS = products_cpu.BLOCKS
 
 
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose products are oneDNN's, of almost any size."""
     monkeypatch.setattr(products_cpu, "_left_to_mkl", lambda: True)
-    for name, value in {"ROWS": 4, "TOKENS": 4, "EACH_ROWS": 49, "WORTH_IT": 1, "EACH": 1, "FEWEST": 1}.items():
+    for name, value in {"BLOCKS": (8, 4), "TOKENS": 4, "WORTH_IT": 1, "FEWEST": 1}.items():
         monkeypatch.setattr(products_cpu, name, value)
 
 
@@ -52,12 +52,21 @@ def turned(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("order", [Tensor.contiguous, spread, turned])
 @pytest.mark.parametrize(
     "m, k, n",
-    [(1, 7, 3), (392, 96, 384), (397, 384, 96), (400, 330, 600), (784, 2100, 56), (1570, 512, 48), (784, 64, 64)],
+    [
+        (1, 7, 3),
+        (392, 96, 384),
+        (397, 384, 96),
+        (400, 330, 600),
+        (784, 2100, 56),
+        (1570, 512, 48),
+        (784, 64, 64),
+        (3600, 96, 72),
+    ],
 )
 def test_as_exact_as_torch(
     onednn, m: int, k: int, n: int, order: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products_cpu, "ROWS", 392)
+    monkeypatch.setattr(products_cpu, "BLOCKS", BLOCKS)
     monkeypatch.setattr(products_cpu, "TOKENS", 196)
     x, w, b, grad = numbers(m, k), numbers(n, k, seed=1), numbers(n, seed=2), numbers(m, n, seed=3)
     out, total = torch.empty(m, n), numbers(n, k, seed=4)
@@ -79,27 +88,12 @@ def test_as_exact_as_torch(
     for name, ours, plain, given in asked:
         truth = plain(*(tensor.double() for tensor in given))
         assert_as_exact_as_torch(name, ours(*given), plain(*given), truth)
-    blocks, pieces = m // 392, -(-k // products_cpu.TERMS)
+    blocks, pieces = m // 1568 + m % 1568 // 392, -(-k // products_cpu.TERMS)
     assert [calls(lambda: linear(x, w, b)), calls(lambda: weight_gradient(grad, x))] == [
         blocks * pieces,
         m // 196 if blocks else 0,
     ]
     assert weight_gradient(grad, x).is_contiguous() and linear(x, w, out=out) is out
-
-
-def test_many_at_once(onednn) -> None:
-    a, b = numbers(5, 98, 40), numbers(5, 30, 40, seed=1).mT
-    out = torch.empty(5, 98, 30)
-    assert calls(lambda: batch_product(a, b, out)) == 2 * 5
-    assert_as_exact_as_torch("batch_product", out, a @ b, a.double() @ b.double())
-
-
-def test_winograd_multiplies_by_it(onednn) -> None:
-    w, b, x = numbers(32, 16, 3, 3), numbers(32, seed=1), numbers(2, 16, 14, 14, seed=2)
-    made, layer = [], Winograd.of(w, b, BY_2)
-    assert calls(lambda: made.append(layer(x.contiguous(memory_format=torch.channels_last), relu=False))) == 2 * 16
-    truth = torch.nn.functional.conv2d(x.double(), w.double(), b.double(), padding=1)
-    assert_as_exact_as_torch("a convolution", made[0], torch.nn.functional.conv2d(x, w, b, padding=1), truth)
 
 
 def test_the_number_of_rows_asks_for_no_program_of_its_own(onednn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +105,7 @@ def test_the_number_of_rows_asks_for_no_program_of_its_own(onednn, monkeypatch: 
     for rows in range(4, 60):
         linear(numbers(rows, 24), numbers(40, 24))
         weight_gradient(numbers(rows, 24), numbers(rows, 24))
-    assert shapes == {((4, 24), (40, 24)), ((24, 4), (24, 4))}
+    assert shapes == {((8, 24), (40, 24)), ((4, 24), (40, 24)), ((24, 4), (24, 4))}
 
 
 def test_rows_and_columns_that_lie_apart_are_brought_together(onednn) -> None:
@@ -157,7 +151,7 @@ def test_gradients_of_a_linear_layer(onednn, wanted: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("width", [96, 192])
 def test_the_mlp_of_a_block(onednn, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below and above the width up to which it goes in chunks."""
-    monkeypatch.setattr(products_cpu, "ROWS", 392)
+    monkeypatch.setattr(products_cpu, "BLOCKS", BLOCKS)
     monkeypatch.setattr(products_cpu, "TOKENS", 196)
 
     def answers(dtype: torch.dtype) -> list[Tensor]:

@@ -6,9 +6,16 @@ from torch.nn import functional
 
 from bevt_fast.tokenizers import _convolution, _winograd, dalle
 from bevt_fast.tokenizers._winograd import BY_2, BY_4, Winograd
+from bevt_kernels import products_cpu
 from bevt_kernels.exactness import assert_as_exact_as_torch
 
 CHANNELS_LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def full_width(monkeypatch):
+    """A machine whose BLAS uses all of the processor, whichever this is."""
+    monkeypatch.setattr(products_cpu, "_left_to_mkl", lambda: False)
 
 
 def layer(inputs, outputs, n, height, width, dtype=torch.float32):
@@ -102,6 +109,13 @@ def test_what_suits_a_layer(changes, expected):
     inputs, outputs = told["channels"]
     w = torch.empty(outputs, inputs, told["side"], told["side"], device="meta")
     assert _winograd.suited(w, told["dtype"], told["frames"]) is expected
+
+
+def test_direct_convolutions_are_quicker_where_the_blas_uses_half_of_the_processor(monkeypatch):
+    w = torch.empty(512, 1024, 3, 3, device="meta")
+    assert _winograd.suited(w, torch.float32, (16, 14, 14)) is BY_2
+    monkeypatch.setattr(products_cpu, "_left_to_mkl", lambda: True)
+    assert _winograd.suited(w, torch.float32, (16, 14, 14)) is None
 
 
 def test_the_encoder_takes_it_where_it_applies_and_names_the_same_cells(monkeypatch):
