@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from bevt_fast.data.batch import Clips, Images, JointBatch, Losses, Targets, send, unknown
-from bevt_fast.objectives.heap import give_back
 from bevt_fast.training.overlap import beside
 from bevt_fast.training.prediction import explained, out_of_memory
 from bevt_fast.training.run import Run, build
@@ -44,9 +43,6 @@ if TYPE_CHECKING:
 def hidden_targets(tokenizer: "Tokenizer", batch: JointBatch) -> Targets:
     """The ids of the hidden cells of both streams; 0 where the batch hides nothing, and nobody asks."""
     images, clips = batch
-    for stream in filter(None, batch):
-        # what the step before has left, in pieces too small for a tokenizer's frames
-        give_back(stream.pixels.device)
     return Targets(
         stream_targets(tokenizer, images) if images else None,
         stream_targets(tokenizer, clips) if clips else None,

@@ -56,7 +56,7 @@ def weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None = None) -> Ten
 
 
 def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """`linear`, so many rows at a time; what is left over is MKL's."""
+    """`linear`, so many rows at a time; a few that are left over are MKL's."""
     terms = weight.shape[1]
     step = 16 * cdiv(cdiv(terms, cdiv(terms, TERMS)), 16)
     pieces = [slice(first, first + step) for first in range(0, terms, step)]
@@ -77,7 +77,9 @@ def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | Non
         while len(x) - first >= rows:
             out[first : first + rows] = block(x[first : first + rows])
             first += rows
-    if first < len(x):
+    if len(x) - first >= BLOCKS[-1] // 2:  # one block more, of which some rows are there already
+        out[-BLOCKS[-1] :] = block(x[-BLOCKS[-1] :])
+    elif first < len(x):
         rest, place = x[first:], out[first:]
         torch.mm(rest, weight.T, out=place) if bias is None else torch.addmm(bias, rest, weight.T, out=place)
     return out
