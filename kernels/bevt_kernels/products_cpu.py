@@ -46,7 +46,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor, total: Tensor | None = None) -> Tensor:
     """grad.T @ x, of `linear`'s result (M, N) and x (M, K): (N, K) in one piece, added to `total` if it is given."""
     outputs, inputs = grad.shape[1], x.shape[1]
-    if not FEWEST <= outputs * inputs <= MOST or not serves(grad, x.T):
+    if not FEWEST <= outputs * inputs <= MOST or len(grad) != len(x) or not _worth_it(grad, x.T):
         return grad.T @ x if total is None else total.addmm_(grad.T, x)
     if outputs > inputs and outputs * inputs <= TRANSPOSED:
         made = _summed(x, grad).T  # oneDNN shares out the columns
@@ -108,7 +108,14 @@ def _dense(weight: Tensor) -> Tensor:
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN makes `linear` of these."""
+    """Whether oneDNN makes `linear` of these. Not of shapes that do not fit: torch says what is wrong with them, oneDNN
+    would multiply as many columns as the weight has.
+    """
+    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1]
+    return fits and (bias is None or bias.shape == weight.shape[:1]) and _worth_it(x, weight, bias)
+
+
+def _worth_it(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if runtime.simulated() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or not quicker():
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)

@@ -118,6 +118,22 @@ def test_rows_and_columns_that_lie_apart_are_brought_together(onednn) -> None:
     assert torch.equal(products_cpu._dense(w[:, :30]), w[:, :30]) and products_cpu._dense(w[:, :30]).is_contiguous()
 
 
+@pytest.mark.parametrize("rows", [8, 9, 800])  # whole blocks, and some left over
+@pytest.mark.parametrize("columns", [12, 20, 0])
+def test_shapes_that_do_not_fit_are_torchs_error(onednn, rows: int, columns: int) -> None:
+    x, w = numbers(rows, columns), numbers(5, 16)
+    for wrong in (
+        lambda: linear(x, w),
+        lambda: residual.linear(x, w),
+        lambda: product(x, w.T),
+        lambda: linear(numbers(rows, 16), w, numbers(7)),
+        lambda: weight_gradient(numbers(rows, 5), numbers(rows + 4, 16)),
+        lambda: weight_gradient(numbers(rows + 4, 5), numbers(rows, 16)),
+    ):
+        with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|expanded size"):
+            wrong()
+
+
 def test_empty_products(onednn) -> None:
     assert linear(numbers(0, 8), numbers(4, 8)).shape == (0, 4)
     assert torch.equal(weight_gradient(numbers(0, 4), numbers(0, 8)), torch.zeros(4, 8))
